@@ -1,0 +1,35 @@
+"""BatchNorm that sees the global batch across micro-batches and ranks."""
+
+from syncaccum.batchnorm import SyncAccumBatchNorm
+from syncaccum.commit import CommitReport, commit
+from syncaccum.convert import AccumulateBatchNorm, convert_sync_accum, revert_sync_accum
+from syncaccum.errors import (
+    CommitError,
+    LayoutMismatchError,
+    NoLayersError,
+    NonFiniteStatisticsError,
+    TooFewValuesError,
+)
+from syncaccum.moments import Moments
+from syncaccum.step_hook import commit_on_step
+from syncaccum.window import discard, load_window_state_dict, window_state_dict
+
+__all__ = [
+    "AccumulateBatchNorm",
+    "CommitError",
+    "CommitReport",
+    "LayoutMismatchError",
+    "Moments",
+    "NoLayersError",
+    "NonFiniteStatisticsError",
+    "SyncAccumBatchNorm",
+    "TooFewValuesError",
+    "commit",
+    "commit_on_step",
+    "convert_sync_accum",
+    "discard",
+    "load_window_state_dict",
+    "revert_sync_accum",
+    "window_state_dict",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,23 @@
+"""What can go wrong in a commit, as exceptions that every rank of the group raises alike."""
+
+from __future__ import annotations
+
+
+class CommitError(RuntimeError):
+    """A commit did not happen: running statistics are bit-unchanged and the window is as it was."""
+
+
+class LayoutMismatchError(CommitError):
+    """The layers of this rank are not those of its peers, found before any statistics were sent."""
+
+
+class NonFiniteStatisticsError(CommitError):
+    """NaN or Inf in some rank's window; the window is kept until ``discard``."""
+
+
+class TooFewValuesError(CommitError, ValueError):
+    """A layer saw a single value per channel in the whole global batch, which has no variance."""
+
+
+class NoLayersError(CommitError, ValueError):
+    """The model has no SyncAccumBatchNorm that tracks statistics: it was never converted, or converted back."""

@@ -1,0 +1,103 @@
+"""The normalization policies: which statistics a training forward normalises with, and what gradient flows.
+
+Pure arithmetic on float64 vectors of length C; no modules, no ranks, no data. Each policy turns a micro-batch's
+own mean and variance into a :class:`Normalizer`; `passes` does the work on the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+POLICIES = ("renorm", "batch", "running")
+
+
+class Normalizer(NamedTuple):
+    r"""What a forward applies and its backward differentiates, per channel.
+
+    .. math::
+        \hat x = (x - c) s, \qquad y = (\hat x r + d) \gamma + \beta, \qquad
+        \frac{\partial L}{\partial x} = \gamma r s
+            \Bigl(dy - \varphi \bigl(\textstyle\sum dy + \hat x \sum dy\, \hat x\bigr)\Bigr)
+
+    r and d are constants in backward. :math:`\varphi` (``feedback``) is how much one value moves the statistics:
+    1/n where they are the micro-batch's own, w/n where they are its share w, and None where they are constants.
+    """
+
+    center: Tensor
+    scale: Tensor
+    gain: Tensor | float
+    offset: Tensor | float
+    feedback: Tensor | float | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The micro-batch's own statistics, gradient through them: nn.BatchNorm's training forward."""
+
+    eps: float
+
+    def __call__(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
+        return Normalizer(mean, torch.rsqrt(variance + self.eps), 1.0, 0.0, 1.0 / count)
+
+
+@dataclass(frozen=True)
+class Running:
+    """The committed statistics, held constant: the seed's layer."""
+
+    eps: float
+    committed_mean: Tensor
+    committed_variance: Tensor
+
+    def __call__(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
+        scale = torch.rsqrt(self.committed_variance + self.eps)
+        return Normalizer(self.committed_mean, scale, 1.0, 0.0, None)
+
+
+@dataclass(frozen=True)
+class Renorm:
+    r"""The committed statistics, approached from the micro-batch's own, gradient through the latter.
+
+    Batch renormalization (Ioffe 2017, arXiv:1702.03275), with the micro-batch's n values counted against
+    ``prior_count`` observations of the committed mean and variance (ours; it makes n = 1 and n = 2 train):
+
+    .. math::
+        w &= n / (n + \mathrm{prior}), \qquad \mu_s = w m_b + (1-w) \mu, \\
+        v_s &= w v_b + (1-w) v + w (1-w) (m_b - \mu)^2, \\
+        r &= \mathrm{clip}\bigl(\sqrt{(v_s+\epsilon)/(v+\epsilon)}, 1/r_{max}, r_{max}\bigr), \qquad
+        d = \mathrm{clip}\bigl((\mu_s-\mu)/\sqrt{v+\epsilon}, -d_{max}, d_{max}\bigr)
+
+    v_s is the law of total variance, so nothing cancels. Since
+    :math:`\partial v_s/\partial x = 2w(x-\mu_s)/n`, the gradient is BatchNorm's with w/n in the place of 1/n.
+    A layer that nothing was ever committed to (``num_batches_tracked`` = 0) has no statistics to trust: it
+    behaves as :class:`Batch` where n > 1.
+    """
+
+    eps: float
+    committed_mean: Tensor
+    committed_variance: Tensor
+    num_batches_tracked: Tensor
+    prior_count: float
+    r_max: float
+    d_max: float
+
+    def __call__(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
+        # Tensors, not branches: the counter may live on a device, and a forward must not wait for it.
+        untrained = self.num_batches_tracked == 0 if count > 1 else torch.zeros_like(mean, dtype=torch.bool)
+        mu = torch.where(untrained, mean.detach(), self.committed_mean)
+        v = torch.where(untrained, variance.detach(), self.committed_variance)
+        share = count / (count + self.prior_count)
+        w = torch.where(untrained, 1.0, torch.full_like(mu, share))
+        mu_s = torch.lerp(mu, mean, w)
+        v_s = torch.lerp(v, variance, w) + w * (1 - w) * (mean - mu).square()
+        scale = torch.rsqrt(v_s + self.eps)
+        std = torch.sqrt(v + self.eps)
+        r = (1 / (scale.detach() * std)).clamp(1 / self.r_max, self.r_max)
+        d = ((mu_s.detach() - mu) / std).clamp(-self.d_max, self.d_max)
+        return Normalizer(mu_s, scale, r, d, w / count)
+
+
+Policy = Batch | Running | Renorm
