@@ -93,7 +93,12 @@ class SyncAccumBatchNorm(_BatchNorm):
         self._adopt(process_group, normalization, r_max, d_max, prior_count)
 
     def _adopt(
-        self, process_group: Group, normalization: str, r_max: float = 1.5, d_max: float = 0.5, prior_count: float = 1.0
+        self,
+        process_group: Group,
+        normalization: str,
+        r_max: float = 1.5,
+        d_max: float = 0.5,
+        prior_count: float = 1.0,
     ) -> None:
         """Give a BatchNorm's instance what this class adds to one; `_release` takes it away again."""
         _check_arguments(self.momentum, normalization, r_max, d_max, prior_count)
@@ -103,7 +108,9 @@ class SyncAccumBatchNorm(_BatchNorm):
         self.d_max = d_max
         self.prior_count = prior_count
         # Plain attributes, not buffers: DDP overwrites buffers with rank 0's, FSDP and .half() cast them.
-        self._window = torch.zeros(1 + 2 * self.num_features, dtype=torch.float64, device=self._stats_device())
+        self._window = torch.zeros(
+            1 + 2 * self.num_features, dtype=torch.float64, device=self._stats_device()
+        )
         self._open_micro_batches = 0
 
     def _release(self) -> None:
@@ -259,7 +266,9 @@ def _check_arguments(
     momentum: float | None, normalization: str, r_max: float, d_max: float, prior_count: float
 ) -> None:
     if normalization not in POLICIES:
-        raise ValueError(f"normalization must be one of {', '.join(map(repr, POLICIES))}, got {normalization!r}")
+        raise ValueError(
+            f"normalization must be one of {', '.join(map(repr, POLICIES))}, got {normalization!r}"
+        )
     # Written so that NaN fails.
     if momentum is not None and not 0 <= momentum <= 1:
         raise ValueError(f"momentum must be in [0, 1], or None for the cumulative average, got {momentum}")

@@ -182,13 +182,17 @@ class _Layout:
                 totals += range(at + 1, at + 1 + width)
                 squares += range(at + 1 + width, at + 1 + 2 * width)
                 at += 1 + 2 * width
-            self._indices[device] = tuple(torch.tensor(i, device=device) for i in (counts, repeated, totals, squares))
+            self._indices[device] = tuple(
+                torch.tensor(i, device=device) for i in (counts, repeated, totals, squares)
+            )
         return self._indices[device]
 
 
 # The layout that all ranks of a group agreed on when this module was last committed. By identity of both, so that
 # neither a copy of the model nor a new process group inherits an agreement it never made.
-_agreed: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[Any, _Layout]] = weakref.WeakKeyDictionary()
+_agreed: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[Any, _Layout]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _verify_layout(
@@ -264,7 +268,9 @@ def _judge(
     """Values per channel by layer; raises on what no rank may apply. Reduced values only, so all ranks agree."""
     at, *_ = layout.indices(reduced.device)
     # One transfer: on a GPU each would wait for the device.
-    *verdict, finite = torch.cat([reduced[:_HEADER], reduced[at], reduced.isfinite().all().reshape(1)]).tolist()
+    *verdict, finite = torch.cat(
+        [reduced[:_HEADER], reduced[at], reduced.isfinite().all().reshape(1)]
+    ).tolist()
     header, counts = verdict[:_HEADER], verdict[_HEADER:]
     if not layout.agrees(header, transport.size, changed=False):
         _raise_layout_mismatch(transport, layout)

@@ -58,7 +58,9 @@ def convert_sync_accum(module: M, process_group: Group = None, normalization: st
             f"cannot convert lazy layers before they know their width: {', '.join(lazy)}. "
             "Run one forward on a sample batch first (model(sample)), then convert"
         )
-    SyncAccumBatchNorm(1, process_group=process_group, normalization=normalization)  # refuse before any change
+    SyncAccumBatchNorm(
+        1, process_group=process_group, normalization=normalization
+    )  # refuse before any change
     left_alone = []
     for name, layer in layers:
         if not _is_convertible(type(layer)):
@@ -128,7 +130,9 @@ class AccumulateBatchNorm(SyncAccumBatchNorm):
             raise ValueError(f"bn_class must be a BatchNorm class such as nn.BatchNorm2d, got {bn_class!r}")
         layer = bn_class(num_features, **bn_kwargs)
         if _is_uninitialized(layer) or not _is_convertible(bn_class):
-            raise ValueError(f"{bn_class.__name__} cannot accumulate: it is lazy, or normalises without F.batch_norm")
+            raise ValueError(
+                f"{bn_class.__name__} cannot accumulate: it is lazy, or normalises without F.batch_norm"
+            )
         group = getattr(layer, "process_group", None)
         layer.__class__ = _make_class(cls, bn_class)
         layer._adopt(group, "running")
@@ -155,7 +159,9 @@ def _is_convertible(source: type[_BatchNorm]) -> bool:
     names = forward.__code__.co_names if hasattr(forward, "__code__") else ()
     if issubclass(source, nn.SyncBatchNorm):
         return False
-    return "batch_norm" in names or ("forward" in names and ("super" in names or "__class__" in forward.__code__.co_freevars))
+    return "batch_norm" in names or (
+        "forward" in names and ("super" in names or "__class__" in forward.__code__.co_freevars)
+    )
 
 
 def _convert_layer(name: str, layer: _BatchNorm, process_group: Group, normalization: str) -> None:

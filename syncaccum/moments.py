@@ -57,9 +57,7 @@ class Moments:
         return torch.cat([self.count.reshape(1), self.total, self.total_sq])
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(
-            self.count + other.count, self.total + other.total, self.total_sq + other.total_sq
-        )
+        return Moments(self.count + other.count, self.total + other.total, self.total_sq + other.total_sq)
 
     @property
     def mean(self) -> Tensor:

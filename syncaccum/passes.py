@@ -122,7 +122,9 @@ def gradient_sums(dy: Tensor, x: Tensor, center: Tensor, scale: Tensor) -> tuple
     return sum_dy.to(torch.float64), sum_dy_xhat.to(torch.float64)
 
 
-def apply_gradient(dy: Tensor, x: Tensor, weight: Tensor | None, to: Normalizer, sums: tuple[Tensor, Tensor]) -> Tensor:
+def apply_gradient(
+    dy: Tensor, x: Tensor, weight: Tensor | None, to: Normalizer, sums: tuple[Tensor, Tensor]
+) -> Tensor:
     """Fourth pass: the gradient of x, in x's dtype and memory order."""
     wide = torch.promote_types(x.dtype, torch.float32)
     a = to.scale * to.gain
@@ -174,7 +176,9 @@ def _compose(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Poli
     y = (shifted - _per_channel((to.center - origin).to(shifted.dtype), x)) * _per_channel(
         to.scale.to(shifted.dtype), x
     )
-    gain, shift = (torch.as_tensor(v, dtype=shifted.dtype, device=x.device).expand(x.shape[1]) for v in to[2:4])
+    gain, shift = (
+        torch.as_tensor(v, dtype=shifted.dtype, device=x.device).expand(x.shape[1]) for v in to[2:4]
+    )
     y = y * _per_channel(gain, x) + _per_channel(shift, x)
     if weight is not None:
         y = y * _per_channel(weight.to(y.dtype), x)

@@ -1,0 +1,39 @@
+# Every target sets up what it needs in .venv; python3 and make are all it takes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(INSTALLED) ## train a ResNet on digits over two gloo ranks with gradient accumulation
+	PATH="$(CURDIR)/$(BIN):$$PATH" launch/torchrun_local.sh 2 launch/train.py $(ARGS)
+
+test: $(INSTALLED) ## run all tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+check: $(INSTALLED) ## formatting, lint and strict types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## format and mend what lint can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED) ## run every benchmark; results go to benchmarks/results
+	PATH="$(CURDIR)/$(BIN):$$PATH" benchmarks/run_all.sh
+
+clean: ## remove the virtual environment and what runs left behind
+	rm -rf $(VENV) runs
