@@ -108,9 +108,7 @@ class SyncAccumBatchNorm(_BatchNorm):
         self.d_max = d_max
         self.prior_count = prior_count
         # Plain attributes, not buffers: DDP overwrites buffers with rank 0's, FSDP and .half() cast them.
-        self._window = torch.zeros(
-            1 + 2 * self.num_features, dtype=torch.float64, device=self._stats_device()
-        )
+        self._window = torch.zeros(1 + 2 * self.num_features, dtype=torch.float64, device=self._stats_device())
         self._open_micro_batches = 0
 
     def _release(self) -> None:
@@ -170,12 +168,20 @@ class SyncAccumBatchNorm(_BatchNorm):
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
+        untrained = None
+        if self.normalization == "renorm" and count > 1:
+            if self.num_batches_tracked.is_cpu and not torch.compiler.is_compiling():
+                # Known at once, without waiting for a device: no need to carry both cases.
+                if self.num_batches_tracked.item() == 0:
+                    return Batch(eps)
+            else:
+                untrained = self.num_batches_tracked == 0
         # Copies: a commit between forward and backward must not reach into this forward's gradient.
         mean = self.running_mean.to(torch.float64, copy=True)
         variance = self.running_var.to(torch.float64, copy=True)
-        if self.normalization == "running" or count == 0:
-            return Running(eps, mean, variance)
-        return Renorm(eps, mean, variance, self.num_batches_tracked, self.prior_count, self.r_max, self.d_max)
+        if self.normalization == "renorm" and count > 0:
+            return Renorm(eps, mean, variance, untrained, self.prior_count, self.r_max, self.d_max)
+        return Running(eps, mean, variance)
 
     def discard(self) -> None:
         """Drop the open window of this layer. Not collective, but every rank should."""
@@ -188,7 +194,8 @@ class SyncAccumBatchNorm(_BatchNorm):
             self.discard()
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, normalization={self.normalization!r}"
+        inherited: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{inherited}, normalization={self.normalization!r}"
 
     def _check_input(self, input: Tensor) -> None:
         self._check_input_dim(input)
@@ -207,7 +214,7 @@ class SyncAccumBatchNorm(_BatchNorm):
         return None if self.running_mean is None else self.running_mean.device
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # As integers, so that .half() and .to(dtype) leave the sums float64 and every bit as it was.
         bits = self._window.view(torch.int64)
         moved = fn(bits)
@@ -266,9 +273,7 @@ def _check_arguments(
     momentum: float | None, normalization: str, r_max: float, d_max: float, prior_count: float
 ) -> None:
     if normalization not in POLICIES:
-        raise ValueError(
-            f"normalization must be one of {', '.join(map(repr, POLICIES))}, got {normalization!r}"
-        )
+        raise ValueError(f"normalization must be one of {', '.join(map(repr, POLICIES))}, got {normalization!r}")
     # Written so that NaN fails.
     if momentum is not None and not 0 <= momentum <= 1:
         raise ValueError(f"momentum must be in [0, 1], or None for the cumulative average, got {momentum}")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import itertools
 import time
-import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NoReturn, cast
+from dataclasses import dataclass
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +14,12 @@ from torch import Tensor, nn
 from syncaccum.batchnorm import SyncAccumBatchNorm
 from syncaccum.errors import (
     CommitError,
-    LayoutMismatchError,
     NoLayersError,
     NonFiniteStatisticsError,
     TooFewValuesError,
 )
+from syncaccum.layout import HEADER, Layout, NamedLayer, raise_layout_mismatch, verify_layout
 from syncaccum.transport import Group, Transport, resolve_group, transport_over
-
-NamedLayer = tuple[str, SyncAccumBatchNorm]
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ def commit_layers(root: nn.Module, layers: Sequence[NamedLayer]) -> CommitReport
 def _commit_group(root: nn.Module, group: Group, members: Sequence[NamedLayer]) -> tuple[list[int], int]:
     with torch.no_grad():
         transport = transport_over(group)
-        layout = _verify_layout(root, group, transport, members)
+        layout = verify_layout(root, group, transport, members)
         home = members[0][1]._window.device
         windows = [layer._window for _, layer in members]
         reduced = _reduce(transport, layout, home, windows)
@@ -136,125 +131,7 @@ def _commit_group(root: nn.Module, group: Group, members: Sequence[NamedLayer]) 
         return counts, transport.size
 
 
-# --- layout ---------------------------------------------------------------------------------------------------
-
-# A message starts with [changed, h, h^2, h, h^2, h, h^2]: whether its sender's layers have changed since the last
-# commit, and their fingerprint in pieces so small that sums of squares over 4,096 ranks are exact in float64.
-_PIECES = 3
-_PIECE_BITS = 20
-_HEADER = 1 + 2 * _PIECES
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What a message of these layers looks like, and what all ranks must agree on."""
-
-    key: tuple[tuple[Any, ...], ...]
-    pieces: tuple[int, ...]
-    widths: list[int]
-    _indices: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)
-
-    @classmethod
-    def describe(cls, key: tuple[tuple[Any, ...], ...]) -> _Layout:
-        digest = int.from_bytes(hashlib.sha256(repr(key).encode()).digest(), "little")
-        pieces = tuple((digest >> _PIECE_BITS * i) % (1 << _PIECE_BITS) for i in range(_PIECES))
-        return cls(key, pieces, [width for _, width, *_ in key])
-
-    @property
-    def message_size(self) -> int:
-        return _HEADER + sum(1 + 2 * width for width in self.widths)
-
-    def header(self, *, changed: bool) -> list[float]:
-        return [float(changed), *(float(v) for h in self.pieces for v in (h, h * h))]
-
-    def agrees(self, reduced_header: Sequence[float], ranks: int, *, changed: bool) -> bool:
-        """Whether every rank sent this header: a sum and a sum of squares both fit only if all were equal."""
-        return list(reduced_header) == [ranks * v for v in self.header(changed=changed)]
-
-    def indices(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Where in a message: each layer's count; each channel's count, total and total_sq."""
-        if device not in self._indices:
-            counts, repeated, totals, squares = [], [], [], []
-            at = _HEADER
-            for width in self.widths:
-                counts.append(at)
-                repeated += [at] * width
-                totals += range(at + 1, at + 1 + width)
-                squares += range(at + 1 + width, at + 1 + 2 * width)
-                at += 1 + 2 * width
-            self._indices[device] = tuple(
-                torch.tensor(i, device=device) for i in (counts, repeated, totals, squares)
-            )
-        return self._indices[device]
-
-
-# The layout that all ranks of a group agreed on when this module was last committed. By identity of both, so that
-# neither a copy of the model nor a new process group inherits an agreement it never made.
-_agreed: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[Any, _Layout]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def _verify_layout(
-    root: nn.Module, group: Group, transport: Transport, members: Sequence[NamedLayer]
-) -> _Layout:
-    """This rank's layout, once all ranks are known to have the same.
-
-    gloo aborts the process or returns wrong sums when ranks send different sizes. So a rank whose layers changed
-    since the last commit says so in a message of the old size, which is what its peers send if theirs did not.
-    """
-    key = tuple(_describe_layer(name, layer) for name, layer in members)
-    if group is None:
-        return _alone_layout(key)
-    agreed = _agreed.setdefault(root, weakref.WeakKeyDictionary())
-    last = agreed.get(group)
-    if last is not None and last.key == key:
-        return last
-    layout = _Layout.describe(key)
-    size = _HEADER if last is None else last.message_size
-    device = transport.choose_device(members[0][1]._window.device)
-    message = torch.zeros(size, dtype=torch.float64, device=device)
-    message[:_HEADER] = torch.tensor(layout.header(changed=True), dtype=torch.float64)
-    transport.all_reduce(message)
-    if not layout.agrees(message[:_HEADER].tolist(), transport.size, changed=True):
-        _raise_layout_mismatch(transport, layout)
-    agreed[group] = layout
-    return layout
-
-
-@functools.lru_cache(maxsize=16)
-def _alone_layout(key: tuple[tuple[Any, ...], ...]) -> _Layout:
-    return _Layout.describe(key)
-
-
-def _describe_layer(name: str, layer: SyncAccumBatchNorm) -> tuple[Any, ...]:
-    assert layer.running_mean is not None
-    return name, layer.num_features, layer.running_mean.dtype, layer.eps, layer.momentum
-
-
-def _raise_layout_mismatch(transport: Transport, layout: _Layout) -> NoReturn:
-    ours = transport.gather_objects(layout.key)
-    for rank, theirs in enumerate(ours):
-        for index, (first, other) in enumerate(itertools.zip_longest(ours[0], theirs)):
-            if first != other:
-                raise LayoutMismatchError(
-                    f"layer {index} differs between ranks: rank 0 has {_render_layer(first)}, rank {rank} has "
-                    f"{_render_layer(other)}. Build and convert the same model on every rank; nothing was sent"
-                )
-    raise LayoutMismatchError("ranks disagree on whether their layers changed since the last commit")
-
-
-def _render_layer(described: tuple[Any, ...] | None) -> str:
-    if described is None:
-        return "no such layer"
-    name, width, dtype, eps, momentum = described
-    return f"{name!r} ({width} channels, {dtype}, eps {eps}, momentum {momentum})"
-
-
-# --- reduce, judge, apply -------------------------------------------------------------------------------------
-
-
-def _reduce(transport: Transport, layout: _Layout, home: torch.device, windows: Sequence[Tensor]) -> Tensor:
+def _reduce(transport: Transport, layout: Layout, home: torch.device, windows: Sequence[Tensor]) -> Tensor:
     device = transport.choose_device(home)
     header = torch.tensor(layout.header(changed=False), dtype=torch.float64, device=device)
     message = torch.cat([header, *(window.to(device) for window in windows)])
@@ -262,18 +139,14 @@ def _reduce(transport: Transport, layout: _Layout, home: torch.device, windows: 
     return message.to(home)
 
 
-def _judge(
-    transport: Transport, layout: _Layout, members: Sequence[NamedLayer], reduced: Tensor
-) -> list[int]:
+def _judge(transport: Transport, layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> list[int]:
     """Values per channel by layer; raises on what no rank may apply. Reduced values only, so all ranks agree."""
     at, *_ = layout.indices(reduced.device)
     # One transfer: on a GPU each would wait for the device.
-    *verdict, finite = torch.cat(
-        [reduced[:_HEADER], reduced[at], reduced.isfinite().all().reshape(1)]
-    ).tolist()
-    header, counts = verdict[:_HEADER], verdict[_HEADER:]
+    *verdict, finite = torch.cat([reduced[:HEADER], reduced[at], reduced.isfinite().all().reshape(1)]).tolist()
+    header, counts = verdict[:HEADER], verdict[HEADER:]
     if not layout.agrees(header, transport.size, changed=False):
-        _raise_layout_mismatch(transport, layout)
+        raise_layout_mismatch(transport, layout)
     if not finite:
         _raise_non_finite(transport, members)
     lonely = [name for (name, _), count in zip(members, counts, strict=True) if count == 1]
@@ -295,7 +168,7 @@ def _raise_non_finite(transport: Transport, members: Sequence[NamedLayer]) -> No
     )
 
 
-def _apply(layout: _Layout, members: Sequence[NamedLayer], reduced: Tensor, counts: Sequence[int]) -> None:
+def _apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor, counts: Sequence[int]) -> None:
     """Fold the reduced sums into the running statistics of every layer that saw data."""
     layers = [layer for _, layer in members]
     _, at_count, at_total, at_total_sq = layout.indices(reduced.device)
@@ -306,20 +179,21 @@ def _apply(layout: _Layout, members: Sequence[NamedLayer], reduced: Tensor, coun
     factor = _factors(layers, layout, reduced.device)
     seen = [count > 0 for count in counts]
     for statistics, update in (("running_mean", mean), ("running_var", unbiased)):
-        current = [getattr(layer, statistics) for layer in layers]
+        current: list[Tensor] = [getattr(layer, statistics) for layer in layers]
         old = torch.cat([c.to(reduced.device) for c in current]).to(torch.float64)
-        new = (old.mul_(1 - factor) + update.mul_(factor)).split(layout.widths)
+        new = torch.split(old.mul_(1 - factor).add_(update.mul_(factor)), layout.widths)
         torch._foreach_copy_(list(itertools.compress(current, seen)), list(itertools.compress(new, seen)))
-    torch._foreach_add_([layer.num_batches_tracked for layer in itertools.compress(layers, seen)], 1)
+    counters = [cast(Tensor, layer.num_batches_tracked) for layer in itertools.compress(layers, seen)]
+    torch._foreach_add_(counters, 1)
 
 
-def _factors(layers: Sequence[SyncAccumBatchNorm], layout: _Layout, device: torch.device) -> Tensor | float:
+def _factors(layers: Sequence[SyncAccumBatchNorm], layout: Layout, device: torch.device) -> Tensor | float:
     """How much of the new statistics to take: momentum, or 1 / (batches so far, this one included)."""
     momenta = {layer.momentum for layer in layers}
     if len(momenta) == 1 and None not in momenta:
         return cast(float, momenta.pop())
     factors = [
-        layer.momentum if layer.momentum is not None else 1.0 / (int(layer.num_batches_tracked) + 1)
+        layer.momentum if layer.momentum is not None else 1.0 / (int(cast(Tensor, layer.num_batches_tracked)) + 1)
         for layer in layers
     ]
     widths = torch.tensor(layout.widths, device=device)

@@ -6,9 +6,8 @@ reference to it survive because nothing is copied.
 
 from __future__ import annotations
 
-import functools
 import warnings
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,15 +57,13 @@ def convert_sync_accum(module: M, process_group: Group = None, normalization: st
             f"cannot convert lazy layers before they know their width: {', '.join(lazy)}. "
             "Run one forward on a sample batch first (model(sample)), then convert"
         )
-    SyncAccumBatchNorm(
-        1, process_group=process_group, normalization=normalization
-    )  # refuse before any change
+    SyncAccumBatchNorm(1, process_group=process_group, normalization=normalization)  # refuse before any change
     left_alone = []
     for name, layer in layers:
         if not _is_convertible(type(layer)):
             left_alone.append(f"{name or 'the module itself'} ({type(layer).__name__})")
             continue
-        _convert_layer(name, layer, process_group, normalization)
+        _convert_layer(layer, process_group, normalization)
     if left_alone:
         warnings.warn(
             "these layers normalise in a forward of their own, without F.batch_norm, and stay as they are: "
@@ -128,15 +125,13 @@ class AccumulateBatchNorm(SyncAccumBatchNorm):
     def __new__(cls, bn_class: type[_BatchNorm], num_features: int, **bn_kwargs: Any) -> AccumulateBatchNorm:
         if not (isinstance(bn_class, type) and issubclass(bn_class, _BatchNorm)):
             raise ValueError(f"bn_class must be a BatchNorm class such as nn.BatchNorm2d, got {bn_class!r}")
-        layer = bn_class(num_features, **bn_kwargs)
+        layer: Any = bn_class(num_features, **bn_kwargs)
         if _is_uninitialized(layer) or not _is_convertible(bn_class):
-            raise ValueError(
-                f"{bn_class.__name__} cannot accumulate: it is lazy, or normalises without F.batch_norm"
-            )
+            raise ValueError(f"{bn_class.__name__} cannot accumulate: it is lazy, or normalises without F.batch_norm")
         group = getattr(layer, "process_group", None)
-        layer.__class__ = _make_class(cls, bn_class)
+        layer.__class__ = _make_class(cls, bn_class)  # type: ignore[assignment]
         layer._adopt(group, "running")
-        return layer  # type: ignore[return-value]  # the line above made it one
+        return cast(AccumulateBatchNorm, layer)
 
     def __init__(self, bn_class: type[_BatchNorm], num_features: int, **bn_kwargs: Any) -> None:
         pass  # __new__ did it all
@@ -153,38 +148,42 @@ def _is_uninitialized(layer: _BatchNorm) -> bool:
 
 def _is_convertible(source: type[_BatchNorm]) -> bool:
     """Whether its forward comes down to F.batch_norm, judged by the names its code uses."""
-    forward = source.forward
-    if forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+    if source.forward in _FORWARDS_OF_TORCH:
         return True
-    names = forward.__code__.co_names if hasattr(forward, "__code__") else ()
-    if issubclass(source, nn.SyncBatchNorm):
+    if issubclass(source, nn.SyncBatchNorm) or not hasattr(source.forward, "__code__"):
         return False
-    return "batch_norm" in names or (
-        "forward" in names and ("super" in names or "__class__" in forward.__code__.co_freevars)
-    )
+    names = {*source.forward.__code__.co_names, *source.forward.__code__.co_freevars}
+    return "batch_norm" in names or {"forward", "__class__"} <= names  # the latter is super().forward
 
 
-def _convert_layer(name: str, layer: _BatchNorm, process_group: Group, normalization: str) -> None:
+def _convert_layer(layer: Any, process_group: Group, normalization: str) -> None:
     source = type(layer)
     if isinstance(layer, nn.SyncBatchNorm):
         process_group = layer.process_group if process_group is None else process_group
         del layer.process_group
     layer.__class__ = _make_class(SyncAccumBatchNorm, source)
-    layer._adopt(process_group, normalization)  # type: ignore[operator]
+    layer._adopt(process_group, normalization)
 
 
-@functools.cache
+_FORWARDS_OF_TORCH = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+_made: dict[tuple[type, type], type[SyncAccumBatchNorm]] = {}
+
+
 def _make_class(base: type[SyncAccumBatchNorm], source: type[_BatchNorm]) -> type[SyncAccumBatchNorm]:
-    body: dict[str, Any] = {
-        "_made_from": (base, source),
-        "_check_input_dim": source._check_input_dim,
-        "__module__": base.__module__,
-    }
-    if source.forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
-        body["forward"] = _forward_through(source)
-    # DDP and others ask whether a layer is a SyncBatchNorm, and then insist on a GPU.
-    bases = (base,) if issubclass(source, nn.SyncBatchNorm) else (base, source)
-    return type(base.__name__ + source.__name__.removeprefix("BatchNorm"), bases, body)
+    """``base``, with what instances of ``source`` bring along; the same class each time."""
+    if (base, source) not in _made:
+        body: dict[str, Any] = {
+            "_made_from": (base, source),
+            "_check_input_dim": source._check_input_dim,
+            "__module__": base.__module__,
+        }
+        if source.forward not in _FORWARDS_OF_TORCH:
+            body["forward"] = _forward_through(source)
+        # DDP and others ask whether a layer is a SyncBatchNorm, and then insist on a GPU.
+        bases = (base,) if issubclass(source, nn.SyncBatchNorm) else (base, source)
+        name = base.__name__ + source.__name__.removeprefix("BatchNorm")
+        _made[base, source] = type(name, bases, body)
+    return _made[base, source]
 
 
 def _forward_through(source: type[_BatchNorm]) -> Any:

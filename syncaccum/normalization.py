@@ -7,7 +7,7 @@ own mean and variance into a :class:`Normalizer`; `passes` does the work on the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ class Normalizer(NamedTuple):
 
     center: Tensor
     scale: Tensor
-    gain: Tensor | float
-    offset: Tensor | float
+    gain: Tensor | None  # r; None for 1
+    offset: Tensor | None  # d; None for 0
     feedback: Tensor | float | None
 
 
@@ -41,7 +41,7 @@ class Batch:
     eps: float
 
     def __call__(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
-        return Normalizer(mean, torch.rsqrt(variance + self.eps), 1.0, 0.0, 1.0 / count)
+        return Normalizer(mean, torch.rsqrt(variance + self.eps), None, None, 1.0 / count)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Running:
 
     def __call__(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
         scale = torch.rsqrt(self.committed_variance + self.eps)
-        return Normalizer(self.committed_mean, scale, 1.0, 0.0, None)
+        return Normalizer(self.committed_mean, scale, None, None, None)
 
 
 @dataclass(frozen=True)
@@ -72,31 +72,32 @@ class Renorm:
 
     v_s is the law of total variance, so nothing cancels. Since
     :math:`\partial v_s/\partial x = 2w(x-\mu_s)/n`, the gradient is BatchNorm's with w/n in the place of 1/n.
-    A layer that nothing was ever committed to (``num_batches_tracked`` = 0) has no statistics to trust: it
-    behaves as :class:`Batch` where n > 1.
+    ``untrained`` is a boolean scalar for a layer that may never have had a commit: where it holds there are no
+    statistics to trust, and the layer behaves as :class:`Batch`. It is a tensor because the counter may live on a
+    device that a forward must not wait for; None where it is known not to hold.
     """
 
     eps: float
     committed_mean: Tensor
     committed_variance: Tensor
-    num_batches_tracked: Tensor
+    untrained: Tensor | None
     prior_count: float
     r_max: float
     d_max: float
 
     def __call__(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
-        # Tensors, not branches: the counter may live on a device, and a forward must not wait for it.
-        untrained = self.num_batches_tracked == 0 if count > 1 else torch.zeros_like(mean, dtype=torch.bool)
-        mu = torch.where(untrained, mean.detach(), self.committed_mean)
-        v = torch.where(untrained, variance.detach(), self.committed_variance)
-        share = count / (count + self.prior_count)
-        w = torch.where(untrained, 1.0, torch.full_like(mu, share))
+        mu, v = self.committed_mean, self.committed_variance
+        w: Any = count / (count + self.prior_count)
+        if self.untrained is not None:
+            mu = torch.where(self.untrained, mean.detach(), mu)
+            v = torch.where(self.untrained, variance.detach(), v)
+            w = torch.where(self.untrained, 1.0, torch.full_like(mu, w))
         mu_s = torch.lerp(mu, mean, w)
-        v_s = torch.lerp(v, variance, w) + w * (1 - w) * (mean - mu).square()
+        v_s = torch.lerp(v, variance, w) + (mean - mu).square() * (w * (1 - w))
         scale = torch.rsqrt(v_s + self.eps)
-        std = torch.sqrt(v + self.eps)
-        r = (1 / (scale.detach() * std)).clamp(1 / self.r_max, self.r_max)
-        d = ((mu_s.detach() - mu) / std).clamp(-self.d_max, self.d_max)
+        committed_scale = torch.rsqrt(v + self.eps)
+        r = (committed_scale / scale.detach()).clamp(1 / self.r_max, self.r_max)
+        d = ((mu_s.detach() - mu) * committed_scale).clamp(-self.d_max, self.d_max)
         return Normalizer(mu_s, scale, r, d, w / count)
 
 

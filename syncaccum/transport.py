@@ -26,12 +26,8 @@ class GroupHandle:
 
     def __init__(self, group: Group) -> None:
         if group is not None and not isinstance(group, dist.ProcessGroup):
-            remedy = (
-                "this rank is not a member of it" if isinstance(group, int) else "pass a ProcessGroup or None"
-            )
-            raise ValueError(
-                f"process_group must be a torch.distributed ProcessGroup or None, got {group!r}: {remedy}"
-            )
+            remedy = "this rank is not a member of it" if isinstance(group, int) else "pass a ProcessGroup or None"
+            raise ValueError(f"process_group must be a torch.distributed ProcessGroup or None, got {group!r}: {remedy}")
         self.group = group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GroupHandle:
@@ -103,9 +99,7 @@ class _TorchTransport:
         try:
             dist.all_gather_object(values, value, group=self._group)
         except RuntimeError as error:
-            raise CommitError(
-                f"rank {self.rank} of {self.size}: a peer left while ranks compared notes"
-            ) from error
+            raise CommitError(f"rank {self.rank} of {self.size}: a peer left while ranks compared notes") from error
         return values
 
 
