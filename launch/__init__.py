@@ -1,0 +1,1 @@
+"""Training and equivalence scripts for torchrun, and the modules they are made of."""

@@ -1,0 +1,94 @@
+"""A run from start, or from its checkpoint, to finish."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+from launch.arguments import Arguments
+from launch.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, save_checkpoint
+from launch.learner import DivergedError, Learner
+from launch.placement import Placement
+from launch.processes import choose_device, from_rank_zero, limit_threads, process_group
+from launch.progress import Progress
+from launch.report import ConsoleReporter, Reporter, SilentReporter
+
+
+def run(arguments: Arguments, placement: Placement) -> Progress:
+    """Train as asked and leave everything in the output folder. Collective."""
+    saved = _read_checkpoint(arguments, placement)
+    limit_threads(placement)
+    device = choose_device(placement)
+    with process_group(placement, device):
+        # Nodes need not share a disk: rank 0 alone reads and writes.
+        saved = from_rank_zero(saved, placement)
+        learner = Learner(arguments, placement, device)
+        progress = Progress()
+        if saved is not None:
+            learner.load_state_dict(saved["learner"])
+            progress = Progress.from_state_dict(saved["progress"])
+        reporter = _make_reporter(arguments, placement, learner, progress)
+        with reporter:
+            _Run(arguments, placement, learner, progress, reporter).fit()
+        reporter.on_finish(progress, placement.size, str(device))
+    return progress
+
+
+def _read_checkpoint(arguments: Arguments, placement: Placement) -> dict[str, Any] | None:
+    if not arguments.resume or placement.rank != 0:
+        return None
+    try:
+        return load_checkpoint(checkpoint_path(arguments), arguments)
+    except CheckpointError as error:
+        placement.stop(f"train.py: error: {error}", 2)
+
+
+def _make_reporter(arguments: Arguments, placement: Placement, learner: Learner, progress: Progress) -> Reporter:
+    if placement.rank != 0:
+        return SilentReporter()
+    return ConsoleReporter(arguments, progress, steps_per_epoch=len(learner.batches(0)))
+
+
+@dataclasses.dataclass
+class _Run:
+    arguments: Arguments
+    placement: Placement
+    learner: Learner
+    progress: Progress
+    reporter: Reporter
+
+    def fit(self) -> None:
+        """Go on from ``progress`` to the last epoch, leaving checkpoints on the way."""
+        self._clock = time.perf_counter() - self.progress.seconds
+        self._save()  # from here on a kill leaves something to go on from
+        while self.progress.epoch < self.arguments.epochs:
+            for batch in self.learner.batches(self.progress.epoch)[self.progress.step :]:
+                self._step(batch)
+            record = self.progress.finish_epoch(self.learner.test())
+            self.reporter.on_epoch(self.progress, record)
+            self._save()
+
+    def _step(self, batch: list[int]) -> None:
+        try:
+            sums = self.learner.step(batch)
+        except DivergedError as error:
+            step = self.progress.total_steps + 1
+            remedy = f"Lower --lr {self.arguments.lr}, or use --normalization renorm"
+            self.placement.stop(f"train.py: error: training diverged at step {step}: {error}. {remedy}", 1)
+        self.progress.add_step(sums)
+        self.reporter.on_step(self.progress, sums)
+        every = self.arguments.checkpoint_every
+        if every and self.progress.total_steps % every == 0:
+            self._save()
+
+    def _save(self) -> None:
+        """Collective; rank 0 writes."""
+        self.progress.seconds = time.perf_counter() - self._clock
+        state = {
+            "arguments": dataclasses.asdict(self.arguments),
+            "learner": self.learner.state_dict(),
+            "progress": self.progress.state_dict(),
+        }
+        if self.placement.rank == 0:
+            save_checkpoint(checkpoint_path(self.arguments), state)
