@@ -1,0 +1,264 @@
+"""A pool of rank processes, started once per test run, that run a test's body on N gloo ranks.
+
+A body is a module-level function; the processes find it by name. Its process group is fresh, met through a file, so
+tests share nothing and need no port.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import inspect
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Longer than any group timeout in use, so that a rank that waits in a collective can still say so.
+_PATIENCE = 60.0
+# For a rank that is to be lost to show that it is not; a stopped one takes all of it.
+_GRACE = 0.3
+
+# forkserver: a fork of the test process hangs once OpenMP has run there, and spawn imports torch for every rank.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "pytest", "hypothesis", "syncaccum"])
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Who a body runs as. ``folder`` is empty at first and the same for all ranks of the group."""
+
+    index: int
+    size: int
+    folder: Path
+
+
+class RankFailure(AssertionError):
+    """A body failed, died or hung on some rank; the message has every rank's story."""
+
+
+def on_ranks(size: int, *, timeout: float = 30.0, lost: Collection[int] = ()) -> Callable[..., Any]:
+    """Turn ``def test_x(rank: Rank, ...)`` into a test whose body runs on ``size`` ranks.
+
+    Args:
+        size: how many ranks.
+        timeout: of the process group, in seconds.
+        lost: ranks that the body kills or stops; only those may fail to return, and they must.
+    """
+
+    def decorate(body: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(body)
+        def test(**arguments: Any) -> None:
+            __tracebackhide__ = True
+            with open_ranks(size, timeout=timeout) as ranks:
+                ranks.run(body, *arguments.values(), lost=lost)
+
+        # pytest provides what is in the signature, and `rank` comes from the pool.
+        _, *provided = inspect.signature(body).parameters.values()
+        test.__signature__ = inspect.Signature(provided)  # type: ignore[attr-defined]
+        return test
+
+    return decorate
+
+
+def run_on_ranks(body: Callable[..., Any], size: int, *args: Any, timeout: float = 30.0) -> list[Any]:
+    """``body(rank, *args)`` on ``size`` ranks; the results in rank order."""
+    with open_ranks(size, timeout=timeout) as ranks:
+        return ranks.run(body, *args)
+
+
+@contextmanager
+def open_ranks(size: int, *, timeout: float = 30.0) -> Iterator[Ranks]:
+    """``size`` ranks that stay in one group for several runs, because joining one takes 30 ms and a run 1 ms."""
+    ranks = Ranks(size, timeout)
+    try:
+        yield ranks
+    finally:
+        ranks.leave()
+
+
+class Ranks:
+    """The ranks of one process group; see :func:`open_ranks`."""
+
+    def __init__(self, size: int, timeout: float) -> None:
+        self._size = size
+        self._timeout = timeout
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def run(
+        self, body: Callable[..., Any], *args: Any, lost: Collection[int] = (), patience: float = _PATIENCE
+    ) -> list[Any]:
+        """``body(rank, *args)`` on every rank; the results in rank order, None for the lost ones.
+
+        Raises:
+            RankFailure: the body raised, died or did not end within ``patience`` seconds on some rank, or returned
+                on one that was to be lost. The next run gets a new group and healthy processes.
+        """
+        __tracebackhide__ = True
+        replies = self._call(body, args, lost, patience)
+        if lost or any(reply.story for reply in replies):
+            self.leave()
+        as_planned = (r.silent if i in lost else not r.story for i, r in enumerate(replies))
+        if not all(as_planned):
+            stories = (f"--- rank {i}: {reply.story or 'returned'}" for i, reply in enumerate(replies))
+            raise RankFailure("\n".join([f"{body.__name__} failed on {self._size} ranks", *stories]))
+        return [reply.result for reply in replies]
+
+    def leave(self) -> None:
+        """Leave the group; the next run joins a new one."""
+        if self._folder is None:
+            return
+        _call_each(_leave_group, [()] * self._size, (), _PATIENCE)
+        self._folder.cleanup()
+        self._folder = None
+
+    def _call(
+        self, body: Callable[..., Any], args: tuple[Any, ...], lost: Collection[int], patience: float
+    ) -> Sequence[_Reply]:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory()
+            ranks = self._describe_ranks(self._folder)
+            joined = _call_each(_join_group, [(rank, self._timeout) for rank in ranks], (), _PATIENCE)
+            if any(reply.story for reply in joined):
+                return joined
+        ranks = self._describe_ranks(self._folder)
+        return _call_each(body, [(rank, *args) for rank in ranks], lost, patience)
+
+    def _describe_ranks(self, folder: tempfile.TemporaryDirectory[str]) -> list[Rank]:
+        return [Rank(index, self._size, Path(folder.name)) for index in range(self._size)]
+
+
+# --- in the test process: the pool ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """What came of a call on one rank: its result, or the story of why there is none.
+
+    ``silent`` tells a process that died or hung from one that raised.
+    """
+
+    result: Any = None
+    story: str = ""
+    silent: bool = False
+
+
+class _Process:
+    """A rank process and the pipe to it. It ends when the pipe does."""
+
+    def __init__(self) -> None:
+        self.pipe, theirs = _CONTEXT.Pipe()
+        self._process = _CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def send(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        # Plain pickle: the pipe's own would move tensors through shared memory, which dies with its process.
+        self.pipe.send_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
+
+    def receive(self) -> _Reply:
+        try:
+            reply: _Reply = pickle.loads(self.pipe.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            return _Reply(story=f"died, exit code {self._process.exitcode}", silent=True)
+        return reply
+
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
+    def kill(self) -> None:
+        self._process.kill()  # also ends a stopped process, as SIGTERM does not
+        self._process.join()
+        self.pipe.close()
+
+
+_processes: dict[int, _Process] = {}
+
+
+def _call_each(
+    function: Callable[..., Any], args: Sequence[tuple[Any, ...]], lost: Collection[int], patience: float
+) -> Sequence[_Reply]:
+    """Call a function on each of the first processes of the pool, all at once, and kill those that do not answer."""
+    replies: dict[int, _Reply] = {}
+    try:
+        for index, arguments in enumerate(args):
+            if index not in _processes or not _processes[index].is_alive():
+                _processes[index] = _Process()
+            _processes[index].send(function, arguments)
+        everyone = set(range(len(args)))
+        _collect(replies, everyone - set(lost), patience)
+        _collect(replies, everyone, _GRACE if lost else 0.0)
+    finally:
+        for index in range(len(args)):
+            if index in _processes and (index not in replies or replies[index].silent):
+                _processes.pop(index).kill()
+    unanswered = _Reply(story="did not answer", silent=True)
+    return [replies.get(index, unanswered) for index in range(len(args))]
+
+
+def _collect(replies: dict[int, _Reply], awaited: Collection[int], patience: float) -> None:
+    """Add the replies of these ranks, as many as come in time."""
+    deadline = time.monotonic() + patience
+    while pipes := {_processes[index].pipe: index for index in awaited if index not in replies}:
+        ready = wait(list(pipes), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return
+        for pipe in ready:
+            index = pipes[pipe]  # type: ignore[index]
+            replies[index] = _processes[index].receive()
+
+
+# --- in a rank process ----------------------------------------------------------------------------------------
+
+
+def _serve(pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    if sys.platform == "linux":  # gloo otherwise asks for this machine's name, which need not resolve
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    while True:
+        try:
+            module, name, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        pipe.send_bytes(_answer(module, name, args))
+
+
+def _answer(module: str, name: str, args: tuple[Any, ...]) -> bytes:
+    try:
+        function = inspect.unwrap(getattr(import_module(module), name))
+        return pickle.dumps(_Reply(function(*args)))
+    except BaseException:  # pytest's failures are no Exceptions
+        _leave_group()  # peers that wait for this rank learn at once that it is gone
+        return pickle.dumps(_Reply(story=traceback.format_exc()))
+
+
+def _join_group(rank: Rank, timeout: float) -> None:
+    torch.manual_seed(0)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{rank.folder}/rendezvous",
+        rank=rank.index,
+        world_size=rank.size,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
