@@ -73,7 +73,7 @@ def commit(model: nn.Module) -> CommitReport:
 def tracking_layers(model: nn.Module) -> list[NamedLayer]:
     """The named layers of a model that take part in its commits, in module order, each once."""
     layers = [
-        (_strip_wrappers(name), module)
+        (_strip_wrappers(name) or type(module).__name__, module)
         for name, module in model.named_modules()
         if isinstance(module, SyncAccumBatchNorm) and module.track_running_stats
     ]
@@ -170,6 +170,9 @@ def _raise_non_finite(transport: Transport, members: Sequence[NamedLayer]) -> No
 
 def _apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor, counts: Sequence[int]) -> None:
     """Fold the reduced sums into the running statistics of every layer that saw data."""
+    seen = [count > 0 for count in counts]
+    if not any(seen):
+        return
     layers = [layer for _, layer in members]
     _, at_count, at_total, at_total_sq = layout.indices(reduced.device)
     n = reduced[at_count]
@@ -177,7 +180,6 @@ def _apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor, count
     variance = torch.addcmul(reduced[at_total_sq] / n, mean, mean, value=-1).clamp_min_(0)
     unbiased = variance.mul_(n / (n - 1))
     factor = _factors(layers, layout, reduced.device)
-    seen = [count > 0 for count in counts]
     for statistics, update in (("running_mean", mean), ("running_var", unbiased)):
         current: list[Tensor] = [getattr(layer, statistics) for layer in layers]
         old = torch.cat([c.to(reduced.device) for c in current]).to(torch.float64)

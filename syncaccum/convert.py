@@ -91,11 +91,7 @@ def revert_sync_accum(module: M) -> M:
             continue
         if layer.window.count > 0:
             dropped.append(name or "the module itself")
-        group = layer.process_group
-        layer._release()
-        layer.__class__ = layer._made_from[1]
-        if isinstance(layer, nn.SyncBatchNorm):
-            layer.process_group = group
+        _revert_layer(layer, layer._made_from[1])
     if dropped:
         warnings.warn(
             f"dropped the open windows of {', '.join(dropped)}: commit(model) or discard(model) before reverting",
@@ -129,7 +125,7 @@ class AccumulateBatchNorm(SyncAccumBatchNorm):
         if _is_uninitialized(layer) or not _is_convertible(bn_class):
             raise ValueError(f"{bn_class.__name__} cannot accumulate: it is lazy, or normalises without F.batch_norm")
         group = getattr(layer, "process_group", None)
-        layer.__class__ = _make_class(cls, bn_class)  # type: ignore[assignment]
+        layer.__class__ = _make_class(cls, bn_class)
         layer._adopt(group, "running")
         return cast(AccumulateBatchNorm, layer)
 
@@ -163,6 +159,14 @@ def _convert_layer(layer: Any, process_group: Group, normalization: str) -> None
         del layer.process_group
     layer.__class__ = _make_class(SyncAccumBatchNorm, source)
     layer._adopt(process_group, normalization)
+
+
+def _revert_layer(layer: Any, source: type[_BatchNorm]) -> None:
+    group = layer.process_group
+    layer._release()
+    layer.__class__ = source
+    if issubclass(source, nn.SyncBatchNorm):
+        layer.process_group = group
 
 
 _FORWARDS_OF_TORCH = (_BatchNorm.forward, nn.SyncBatchNorm.forward)

@@ -27,10 +27,9 @@ _ORIGIN_SAMPLES = 64
 # 2e-4 at a million); longer runs are cut, and the pieces added in float64.
 _MAX_RUN = 8192
 
-# Largest mean^2/variance at which values are measured as they are. Rows are measured by plain sums of squares,
-# which lose mean^2/variance times 1e-7; columns by squares of x less a float32 mean, which lose far less.
-_MAX_OFFSET_OF_ROWS = 4.0**2
-_MAX_OFFSET_OF_COLUMNS = 30.0**2
+# Largest mean^2/variance at which float32 values are measured as they are: their sums carry the mean to 1e-7 of
+# itself, and plain sums of squares the variance to 1e-7 times this.
+_MAX_OFFSET = 4.0**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +73,7 @@ def measure(x: Tensor) -> Measured:
         return Measured(values, None, 0, zeros, zeros)
     if not x.is_cuda:
         mean, variance = _mean_and_variance(values)
-        limit = _MAX_OFFSET_OF_ROWS if _is_rows(values) else _MAX_OFFSET_OF_COLUMNS
-        if bool((mean.square() <= variance * limit).all()):
+        if bool((mean.square() <= variance * _MAX_OFFSET).all()):
             return Measured(values, None, count, mean, variance)
     origin = _channel_origin(values)
     shifted = values - _per_channel(origin, x)
