@@ -44,6 +44,18 @@ class Learner:
         self._parallel: nn.Module = self._model
         if placement.launched:
             self._parallel = DistributedDataParallel(self._model)
+            self._settle_buckets()
+
+    def _settle_buckets(self) -> None:
+        """Let DDP see one backward pass that has no effect.
+
+        DDP reorders its messages after the first one, and with three ranks or more the order decides how sums are
+        rounded: without this, the first step of a resumed run would differ from the same step in the middle of an
+        uninterrupted one.
+        """
+        self._parallel.eval()
+        torch.autograd.backward(self._parallel(self._train.pixels[:1]).sum())
+        self._optimizer.zero_grad()
 
     def batches(self, epoch: int) -> list[list[int]]:
         """The global batches of an epoch, in order; the same ones on every rank."""

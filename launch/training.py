@@ -6,6 +6,8 @@ import dataclasses
 import time
 from typing import Any
 
+import torch
+
 from launch.arguments import Arguments
 from launch.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, save_checkpoint
 from launch.learner import DivergedError, Learner
@@ -23,15 +25,19 @@ def run(arguments: Arguments, placement: Placement) -> Progress:
     with process_group(placement, device):
         # Nodes need not share a disk: rank 0 alone reads and writes.
         saved = from_rank_zero(saved, placement)
-        learner = Learner(arguments, placement, device)
-        progress = Progress()
-        if saved is not None:
-            learner.load_state_dict(saved["learner"])
-            progress = Progress.from_state_dict(saved["progress"])
-        reporter = _make_reporter(arguments, placement, learner, progress)
-        with reporter:
-            _Run(arguments, placement, learner, progress, reporter).fit()
-        reporter.on_finish(progress, placement.size, str(device))
+        return _train(arguments, placement, device, saved)
+
+
+def _train(arguments: Arguments, placement: Placement, device: torch.device, saved: dict[str, Any] | None) -> Progress:
+    learner = Learner(arguments, placement, device)
+    progress = Progress()
+    if saved is not None:
+        learner.load_state_dict(saved["learner"])
+        progress = Progress.from_state_dict(saved["progress"])
+    reporter = _make_reporter(arguments, placement, learner, progress)
+    with reporter:
+        _Run(arguments, placement, learner, progress, reporter).fit()
+    reporter.on_finish(progress, placement.size, str(device))
     return progress
 
 
