@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -94,14 +93,11 @@ def _strip_wrappers(name: str) -> str:
 def commit_layers(root: nn.Module, layers: Sequence[NamedLayer]) -> CommitReport:
     """Commit these layers; ``root`` is the module in whose name, to remember the layout by."""
     start = time.perf_counter()
-    by_group: dict[Group, list[NamedLayer]] = {}
-    for name, layer in layers:
-        by_group.setdefault(resolve_group(layer.process_group), []).append((name, layer))
     applied: list[str] = []
     values: dict[str, int] = {}
     ranks = 1
     first_error: CommitError | None = None
-    for group, members in by_group.items():
+    for group, members in _group_layers(layers).items():
         # A failure in one group must not keep this rank from the next group's all-reduce: its peers wait there.
         try:
             counts, size = _commit_group(root, group, members)
@@ -109,29 +105,42 @@ def commit_layers(root: nn.Module, layers: Sequence[NamedLayer]) -> CommitReport
             first_error = first_error or error
             continue
         ranks = max(ranks, size)
-        values.update({name: int(n) for (name, _), n in zip(members, counts, strict=True)})
-        applied.extend(name for (name, _), n in zip(members, counts, strict=True) if n > 0)
+        for (name, _), count in zip(members, counts, strict=True):
+            values[name] = count
+            if count > 0:
+                applied.append(name)
     if first_error is not None:
         raise first_error
     return CommitReport(tuple(applied), values, ranks, time.perf_counter() - start)
 
 
+def _group_layers(layers: Sequence[NamedLayer]) -> dict[Group, list[NamedLayer]]:
+    """Layers by resolved group, both in module order, which is the same on all ranks."""
+    by_group: dict[Group, list[NamedLayer]] = {}
+    default = resolve_group(None)
+    for named in layers:
+        group = named[1].process_group
+        by_group.setdefault(default if group is None else group, []).append(named)
+    return by_group
+
+
+@torch.no_grad()
 def _commit_group(root: nn.Module, group: Group, members: Sequence[NamedLayer]) -> tuple[list[int], int]:
-    with torch.no_grad():
-        transport = transport_over(group)
-        layout = verify_layout(root, group, transport, members)
-        home = members[0][1]._window.device
-        windows = [layer._window for _, layer in members]
-        reduced = _reduce(transport, layout, home, windows)
-        counts = _judge(transport, layout, members, reduced)
-        _apply(layout, members, reduced, counts)
-        for (_, layer), count in zip(members, counts, strict=True):
-            if count > 0:
-                layer.discard()
-        return counts, transport.size
+    transport = transport_over(group)
+    layout = verify_layout(root, group, transport, members)
+    windows = [layer._window for _, layer in members]
+    reduced = _reduce(transport, layout, windows)
+    counts = _judge(transport, layout, members, reduced)
+    seen = [layer for (_, layer), count in zip(members, counts, strict=True) if count > 0]
+    if len(seen) == len(members):
+        _apply(layout, seen, reduced)
+    elif seen:
+        _apply_to_some(layout, counts, seen, reduced)
+    return counts, transport.size
 
 
-def _reduce(transport: Transport, layout: Layout, home: torch.device, windows: Sequence[Tensor]) -> Tensor:
+def _reduce(transport: Transport, layout: Layout, windows: Sequence[Tensor]) -> Tensor:
+    home = windows[0].device
     device = transport.choose_device(home)
     header = torch.tensor(layout.header(changed=False), dtype=torch.float64, device=device)
     message = torch.cat([header, *(window.to(device) for window in windows)])
@@ -168,25 +177,35 @@ def _raise_non_finite(transport: Transport, members: Sequence[NamedLayer]) -> No
     )
 
 
-def _apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor, counts: Sequence[int]) -> None:
-    """Fold the reduced sums into the running statistics of every layer that saw data."""
-    seen = [count > 0 for count in counts]
-    if not any(seen):
-        return
-    layers = [layer for _, layer in members]
-    _, at_count, at_total, at_total_sq = layout.indices(reduced.device)
-    n = reduced[at_count]
-    mean = reduced[at_total] / n
-    variance = torch.addcmul(reduced[at_total_sq] / n, mean, mean, value=-1).clamp_min_(0)
-    unbiased = variance.mul_(n / (n - 1))
+def _apply_to_some(layout: Layout, counts: Sequence[int], seen: Sequence[SyncAccumBatchNorm], reduced: Tensor) -> None:
+    """Apply, leaving out the layers that no rank has seen data for."""
+    sizes = [HEADER, *(1 + 2 * width for width in layout.widths)]
+    header, *sums = torch.split(reduced, sizes)
+    kept = [s for s, count in zip(sums, counts, strict=True) if count > 0]
+    key = tuple(k for k, count in zip(layout.key, counts, strict=True) if count > 0)
+    _apply(Layout.describe(key), seen, torch.cat([header, *kept]))
+
+
+def _apply(layout: Layout, layers: Sequence[SyncAccumBatchNorm], reduced: Tensor) -> None:
+    """Fold the reduced sums into the running statistics, and start a new window.
+
+    All channels of all layers at once: per-layer operations would take longer than the all-reduce.
+    """
+    _, at_count, at_sums = layout.indices(reduced.device)
+    n = reduced.index_select(0, at_count)
+    update = reduced.index_select(0, at_sums).view(2, -1).div_(n)  # mean, and mean of squares
+    mean, variance = update.unbind()
+    variance.addcmul_(mean, mean, value=-1).clamp_min_(0).mul_(n / (n - 1))
     factor = _factors(layers, layout, reduced.device)
-    for statistics, update in (("running_mean", mean), ("running_var", unbiased)):
-        current: list[Tensor] = [getattr(layer, statistics) for layer in layers]
-        old = torch.cat([c.to(reduced.device) for c in current]).to(torch.float64)
-        new = torch.split(old.mul_(1 - factor).add_(update.mul_(factor)), layout.widths)
-        torch._foreach_copy_(list(itertools.compress(current, seen)), list(itertools.compress(new, seen)))
-    counters = [cast(Tensor, layer.num_batches_tracked) for layer in itertools.compress(layers, seen)]
-    torch._foreach_add_(counters, 1)
+    # Straight from the dict: nn.Module looks attributes up in four places, which adds up over some hundred.
+    current = [cast(Tensor, layer._buffers[name]) for name in ("running_mean", "running_var") for layer in layers]
+    old = torch.cat([tensor.to(reduced.device) for tensor in current]).to(torch.float64).view(2, -1)
+    new = old.mul_(1 - factor).add_(update.mul_(factor)).view(-1)
+    torch._foreach_copy_(current, torch.split(new, layout.widths * 2))
+    torch._foreach_add_([cast(Tensor, layer._buffers["num_batches_tracked"]) for layer in layers], 1)
+    torch._foreach_zero_([layer._window for layer in layers])
+    for layer in layers:
+        layer._count_open_micro_batches(0)
 
 
 def _factors(layers: Sequence[SyncAccumBatchNorm], layout: Layout, device: torch.device) -> Tensor | float:

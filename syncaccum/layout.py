@@ -8,7 +8,7 @@ import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from syncaccum.errors import LayoutMismatchError
 from syncaccum.transport import Group, Transport
 
 NamedLayer = tuple[str, SyncAccumBatchNorm]
+Indices = tuple[Tensor, Tensor, Tensor]
 
 # A message starts with [changed, h, h^2, h, h^2, h, h^2]: whether its sender's layers have changed since the last
 # commit, and their fingerprint in pieces so small that sums of squares over 4,096 ranks are exact in float64.
@@ -33,7 +34,7 @@ class Layout:
     key: tuple[tuple[Any, ...], ...]
     pieces: tuple[int, ...]
     widths: list[int]
-    _indices: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)
+    _indices: dict[torch.device, Indices] = field(default_factory=dict)
 
     @classmethod
     def describe(cls, key: tuple[tuple[Any, ...], ...]) -> Layout:
@@ -52,8 +53,8 @@ class Layout:
         """Whether every rank sent this header: a sum and a sum of squares both fit only if all were equal."""
         return list(reduced_header) == [ranks * v for v in self.header(changed=changed)]
 
-    def indices(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Where in a message: each layer's count; each channel's count, total and total_sq."""
+    def indices(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Where in a message: each layer's count; each channel's count; each channel's total, then its total_sq."""
         if device not in self._indices:
             counts: list[int] = []
             repeated: list[int] = []
@@ -66,7 +67,8 @@ class Layout:
                 totals += range(at + 1, at + 1 + width)
                 squares += range(at + 1 + width, at + 1 + 2 * width)
                 at += 1 + 2 * width
-            self._indices[device] = tuple(torch.tensor(i, device=device) for i in (counts, repeated, totals, squares))
+            where = (counts, repeated, totals + squares)
+            self._indices[device] = cast(Indices, tuple(torch.tensor(i, device=device) for i in where))
         return self._indices[device]
 
 
@@ -106,8 +108,8 @@ def _alone_layout(key: tuple[tuple[Any, ...], ...]) -> Layout:
 
 
 def _describe_layer(name: str, layer: SyncAccumBatchNorm) -> tuple[Any, ...]:
-    assert layer.running_mean is not None
-    return name, layer.num_features, layer.running_mean.dtype, layer.eps, layer.momentum
+    running_mean = cast(Tensor, layer._buffers["running_mean"])
+    return name, layer.num_features, running_mean.dtype, layer.eps, layer.momentum
 
 
 def raise_layout_mismatch(transport: Transport, layout: Layout) -> NoReturn:

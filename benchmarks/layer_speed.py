@@ -1,0 +1,120 @@
+"""How long does a training forward and backward of the layer take, next to nn.BatchNorm2d and the seed's layer?
+
+All layers take turns in one process; a ratio is the median over rounds of the ratio within a round, so that a
+machine whose speed drifts does not tilt it.
+
+    python -m benchmarks.layer_speed
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.report import Figure, publish
+from syncaccum import SyncAccumBatchNorm, commit
+
+ROUNDS = 300
+SHAPES = [(8, 64, 56, 56), (8, 256, 28, 28)]
+FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+TARGETS = {
+    ("running", "NCHW"): 0.5,
+    ("running", "channels_last"): 0.9,
+    ("renorm", "NCHW"): 1.0,
+    ("renorm", "channels_last"): 1.0,
+    ("batch", "NCHW"): 1.0,
+    ("batch", "channels_last"): 1.0,
+}
+
+
+class SeedLayer(nn.BatchNorm2d):
+    """What the forum's layer does, in the plain tensor operations it does it with.
+
+    Sums and sums of squares in the input's precision that keep their autograd graph; the input normalised with
+    the running statistics and multiplied by weight and bias (it needs affine=True) step by step.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features)
+        self.reset()
+
+    def reset(self) -> None:
+        self.total: Tensor | float = 0.0
+        self.total_sq: Tensor | float = 0.0
+        self.samples = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total = self.total + x.mean((2, 3)).sum(0)
+        self.total_sq = self.total_sq + (x * x).mean((2, 3)).sum(0)
+        self.samples += x.shape[0]
+        mean, variance, weight, bias = (
+            cast(Tensor, v).view(1, -1, 1, 1) for v in (self.running_mean, self.running_var, self.weight, self.bias)
+        )
+        return (x - mean) / (variance + self.eps).sqrt() * weight + bias
+
+
+def make_layers(channels: int, x: Tensor) -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module] = {"nn.BatchNorm2d": nn.BatchNorm2d(channels), "seed": SeedLayer(channels)}
+    for policy in ("running", "renorm", "batch"):
+        layers[policy] = SyncAccumBatchNorm(channels, normalization=policy)
+        layers[policy](x.detach())
+        commit(layers[policy])  # past the first window, where renorm is batch
+    return layers
+
+
+def time_round(layer: nn.Module, x: Tensor, dy: Tensor) -> float:
+    start = time.perf_counter()
+    y = layer(x)
+    torch.autograd.grad(y, (x, *layer.parameters()), dy)
+    elapsed = time.perf_counter() - start
+    if isinstance(layer, SeedLayer):
+        layer.reset()
+    return elapsed
+
+
+def measure(shape: tuple[int, ...], memory_format: torch.memory_format) -> dict[str, list[float]]:
+    x = torch.randn(shape).to(memory_format=memory_format).requires_grad_()
+    dy = torch.randn(shape).to(memory_format=memory_format)
+    layers = make_layers(shape[1], x)
+    times: dict[str, list[float]] = {name: [] for name in layers}
+    for _ in range(ROUNDS):
+        for name, layer in layers.items():
+            times[name].append(time_round(layer, x, dy))
+    return {name: seconds[ROUNDS // 10 :] for name, seconds in times.items()}
+
+
+def median_ratio(times: dict[str, list[float]], name: str, peer: str) -> float:
+    return statistics.median(a / b for a, b in zip(times[name], times[peer], strict=True))
+
+
+def main() -> None:
+    # One large tensor, freed: glibc then keeps freed memory as it does in any real network. Without it, two tensors
+    # of 6.4 MB sit just above its limit, and every round returns them to the system and faults them in again,
+    # which adds the same 1.6 ms to all layers.
+    torch.ones(7_500_000)
+    figures, details = [], {}
+    for shape in SHAPES:
+        for order, memory_format in FORMATS.items():
+            times = measure(shape, memory_format)
+            where = f"{'x'.join(map(str, shape))} {order}"
+            details[where] = {name: f"{statistics.median(s) * 1e3:.3f} ms" for name, s in times.items()}
+            for policy in ("running", "renorm", "batch"):
+                ratio = median_ratio(times, policy, "nn.BatchNorm2d")
+                figures.append(
+                    Figure(
+                        f"{policy} / nn.BatchNorm2d, {where}",
+                        ratio,
+                        TARGETS[policy, order],
+                        note=details[where][policy],
+                    )
+                )
+            figures.append(Figure(f"running / seed, {where}", median_ratio(times, "running", "seed"), 0.5))
+    publish("layer_speed", figures, details)
+
+
+if __name__ == "__main__":
+    main()
