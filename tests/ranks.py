@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import gc
 import inspect
 import multiprocessing
 import os
@@ -47,7 +48,7 @@ class Rank:
     folder: Path
 
 
-class RankFailure(AssertionError):
+class RankError(AssertionError):
     """A body failed, died or hung on some rank; the message has every rank's story."""
 
 
@@ -61,14 +62,15 @@ def on_ranks(size: int, *, timeout: float = 30.0, lost: Collection[int] = ()) ->
     """
 
     def decorate(body: Callable[..., None]) -> Callable[..., None]:
+        # pytest provides what is in the signature, and `rank` comes from the pool.
+        _, *provided = inspect.signature(body).parameters.values()
+
         @functools.wraps(body)
         def test(**arguments: Any) -> None:
             __tracebackhide__ = True
             with open_ranks(size, timeout=timeout) as ranks:
-                ranks.run(body, *arguments.values(), lost=lost)
+                ranks.run(body, *(arguments[parameter.name] for parameter in provided), lost=lost)
 
-        # pytest provides what is in the signature, and `rank` comes from the pool.
-        _, *provided = inspect.signature(body).parameters.values()
         test.__signature__ = inspect.Signature(provided)  # type: ignore[attr-defined]
         return test
 
@@ -105,7 +107,7 @@ class Ranks:
         """``body(rank, *args)`` on every rank; the results in rank order, None for the lost ones.
 
         Raises:
-            RankFailure: the body raised, died or did not end within ``patience`` seconds on some rank, or returned
+            RankError: the body raised, died or did not end within ``patience`` seconds on some rank, or returned
                 on one that was to be lost. The next run gets a new group and healthy processes.
         """
         __tracebackhide__ = True
@@ -115,7 +117,7 @@ class Ranks:
         as_planned = (r.silent if i in lost else not r.story for i, r in enumerate(replies))
         if not all(as_planned):
             stories = (f"--- rank {i}: {reply.story or 'returned'}" for i, reply in enumerate(replies))
-            raise RankFailure("\n".join([f"{body.__name__} failed on {self._size} ranks", *stories]))
+            raise RankError("\n".join([f"{body.__name__} failed on {self._size} ranks", *stories]))
         return [reply.result for reply in replies]
 
     def leave(self) -> None:
@@ -244,8 +246,11 @@ def _answer(module: str, name: str, args: tuple[Any, ...]) -> bytes:
         function = inspect.unwrap(getattr(import_module(module), name))
         return pickle.dumps(_Reply(function(*args)))
     except BaseException:  # pytest's failures are no Exceptions
-        _leave_group()  # peers that wait for this rank learn at once that it is gone
-        return pickle.dumps(_Reply(story=traceback.format_exc()))
+        story = traceback.format_exc()
+    # Peers that wait for this rank learn at once that it is gone, if no frame of the traceback holds the group.
+    gc.collect()
+    _leave_group()
+    return pickle.dumps(_Reply(story=story))
 
 
 def _join_group(rank: Rank, timeout: float) -> None:

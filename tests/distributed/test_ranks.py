@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import Rank, RankFailure, on_ranks, open_ranks, run_on_ranks
+from tests.ranks import Rank, RankError, on_ranks, open_ranks, run_on_ranks
 
 
 def sum_indices(rank: Rank, start: int = 0) -> float:
@@ -58,32 +58,32 @@ def test_several_runs_share_one_group() -> None:
 
 def test_exception_on_one_rank_fails_the_run_with_every_story() -> None:
     started = time.monotonic()
-    with pytest.raises(RankFailure, match=r"(?s)--- rank 0: Traceback.*--- rank 1: Traceback.*only here"):
+    with pytest.raises(RankError, match=r"(?s)--- rank 0: Traceback.*--- rank 1: Traceback.*only here"):
         run_on_ranks(raise_on_rank_1, 2)
     assert time.monotonic() - started < 10  # rank 0 did not wait for the group's 30 s
     assert run_on_ranks(sum_indices, 2) == [1.0, 1.0]
 
 
 def test_dead_rank_is_reported_and_replaced() -> None:
-    with pytest.raises(RankFailure, match=r"--- rank 0: returned\n--- rank 1: died, exit code -9"):
+    with pytest.raises(RankError, match=r"--- rank 0: returned\n--- rank 1: died, exit code -9"):
         run_on_ranks(kill_rank_1, 2)
     assert run_on_ranks(sum_indices, 2) == [1.0, 1.0]
 
 
 def test_hanging_rank_is_reported_and_replaced() -> None:
     with open_ranks(2) as ranks:
-        with pytest.raises(RankFailure, match=r"--- rank 0: did not answer\n--- rank 1: returned"):
+        with pytest.raises(RankError, match=r"--- rank 0: did not answer\n--- rank 1: returned"):
             ranks.run(hang_rank_0, patience=0.5)
         assert ranks.run(sum_indices) == [1.0, 1.0]
 
 
 def test_rank_that_should_be_lost_and_is_not_fails_the_run() -> None:
-    with open_ranks(2) as ranks, pytest.raises(RankFailure, match="--- rank 1: returned"):
+    with open_ranks(2) as ranks, pytest.raises(RankError, match="--- rank 1: returned"):
         ranks.run(sum_indices, lost={1})
 
 
 def test_warnings_are_errors_on_ranks() -> None:
-    with pytest.raises(RankFailure, match="UserWarning: as an error"):
+    with pytest.raises(RankError, match="UserWarning: as an error"):
         run_on_ranks(warn, 1)
 
 

@@ -1,0 +1,124 @@
+"""A peer that is late, killed or stopped: CommitError in time, statistics unchanged, window kept."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from syncaccum import CommitError, commit
+from tests.distributed.oracle import (
+    assert_unchanged,
+    feed_layers,
+    make_layers,
+    take_snapshot,
+)
+from tests.ranks import Rank, on_ranks
+
+TIMEOUT = 2.0
+# How much later than its due an error may come on a busy machine.
+SLACK = 8.0
+
+
+def assert_commit_fails(layers: nn.ModuleDict, *, after: float = 0.0) -> None:
+    """No sooner than ``after`` seconds and hardly later, and without a trace."""
+    before = take_snapshot(layers)
+    start = time.monotonic()
+    with pytest.raises(CommitError, match="a peer is gone, is stuck or did not call commit"):
+        commit(layers)
+    assert after * 0.9 <= time.monotonic() - start < after + SLACK
+    assert_unchanged(layers, before)
+
+
+def make_fed_layers(rank: Rank, *, commits: int) -> nn.ModuleDict:
+    """Layers with an open window, after some good commits."""
+    layers = make_layers(a=3, b=4)
+    for step in range(commits):
+        feed_layers(layers, rank, seed=step)
+        commit(layers)
+    feed_layers(layers, rank, seed=commits)
+    return layers
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("commits", [0, 1])
+@on_ranks(3, timeout=TIMEOUT)
+def test_a_rank_that_skips_a_commit_makes_the_others_time_out(rank: Rank, commits: int) -> None:
+    layers = make_fed_layers(rank, commits=commits)
+    before = take_snapshot(layers)
+    if rank.index == 2:
+        time.sleep(TIMEOUT + 0.5)  # alive, and busy with something else
+        assert_unchanged(layers, before)
+    else:
+        assert_commit_fails(layers, after=TIMEOUT)
+
+
+@pytest.mark.parametrize("commits", [0, 1])
+@on_ranks(2, lost={1})
+def test_a_peer_killed_before_the_commit_is_noticed_long_before_the_timeout(rank: Rank, commits: int) -> None:
+    layers = make_fed_layers(rank, commits=commits)
+    if rank.index == 1:
+        die()
+    assert_commit_fails(layers)
+
+
+@on_ranks(3, lost={1})
+def test_a_peer_killed_in_the_commit_is_noticed_long_before_the_timeout(rank: Rank) -> None:
+    """Ranks 0 and 1 are in the all-reduce, which waits for rank 2, when rank 1 dies."""
+    layers = make_fed_layers(rank, commits=1)
+    if rank.index == 1:
+        threading.Timer(0.3, die).start()
+    if rank.index == 2:
+        time.sleep(0.6)
+    assert_commit_fails(layers)
+
+
+@on_ranks(2, lost={1})
+def test_a_peer_killed_between_fingerprint_and_statistics_leaves_nothing_half_done(rank: Rank) -> None:
+    layers = make_fed_layers(rank, commits=0)
+    if rank.index == 1:
+        reduce_once_then_die()
+    assert_commit_fails(layers)
+
+
+def reduce_once_then_die() -> None:
+    all_reduce = dist.all_reduce
+
+    def patched(tensor: Tensor, **options: object) -> None:
+        dist.all_reduce = lambda *_, **__: die()
+        all_reduce(tensor, **options)
+
+    dist.all_reduce = patched  # in a process that is about to die
+
+
+@on_ranks(2, timeout=TIMEOUT, lost={1})
+def test_a_stopped_peer_is_noticed_at_the_timeout(rank: Rank) -> None:
+    layers = make_fed_layers(rank, commits=1)
+    if rank.index == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    assert_commit_fails(layers, after=TIMEOUT)
+
+
+@on_ranks(3, timeout=TIMEOUT, lost={2})
+def test_a_kept_window_can_be_committed_by_the_ranks_that_are_left(rank: Rank) -> None:
+    """As elastic training does: a new group, and no micro-batch of the survivors is lost."""
+    layers = make_fed_layers(rank, commits=1)
+    if rank.index == 2:
+        die()
+    assert_commit_fails(layers)
+    windows = torch.stack([layer.window.count for layer in layers.values()])
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{rank.folder}/survivors", rank=rank.index, world_size=2)
+    report = commit(layers)
+    assert report.ranks == 2
+    dist.all_reduce(windows)
+    assert list(report.values.values()) == windows.tolist()
