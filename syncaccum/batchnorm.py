@@ -6,7 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -165,20 +165,20 @@ class SyncAccumBatchNorm(_BatchNorm):
             )
         if self.normalization == "batch" and count > 1:
             return Batch(eps)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
+        # Straight from the dict, which is where nn.Module's lookup gets to in the end: this runs in every forward.
+        mean, variance, batches = (
+            cast(Tensor, self._buffers[name]) for name in ("running_mean", "running_var", "num_batches_tracked")
+        )
         untrained = None
         if self.normalization == "renorm" and count > 1:
-            if self.num_batches_tracked.is_cpu and not torch.compiler.is_compiling():
+            if batches.is_cpu and not torch.compiler.is_compiling():
                 # Known at once, without waiting for a device: no need to carry both cases.
-                if self.num_batches_tracked.item() == 0:
+                if batches.item() == 0:
                     return Batch(eps)
             else:
-                untrained = self.num_batches_tracked == 0
+                untrained = batches == 0
         # Copies: a commit between forward and backward must not reach into this forward's gradient.
-        mean = self.running_mean.to(torch.float64, copy=True)
-        variance = self.running_var.to(torch.float64, copy=True)
+        mean, variance = mean.to(torch.float64, copy=True), variance.to(torch.float64, copy=True)
         if self.normalization == "renorm" and count > 0:
             return Renorm(eps, mean, variance, untrained, self.prior_count, self.r_max, self.d_max)
         return Running(eps, mean, variance)

@@ -6,7 +6,6 @@ own mean and variance into a :class:`Normalizer`; `passes` does the work on the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +33,7 @@ class Normalizer(NamedTuple):
     feedback: Tensor | float | None
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """The micro-batch's own statistics, gradient through them: nn.BatchNorm's training forward."""
 
     eps: float
@@ -44,8 +42,7 @@ class Batch:
         return Normalizer(mean, torch.rsqrt(variance + self.eps), None, None, 1.0 / count)
 
 
-@dataclass(frozen=True)
-class Running:
+class Running(NamedTuple):
     """The committed statistics, held constant: the seed's layer."""
 
     eps: float
@@ -57,8 +54,7 @@ class Running:
         return Normalizer(self.committed_mean, scale, None, None, None)
 
 
-@dataclass(frozen=True)
-class Renorm:
+class Renorm(NamedTuple):
     r"""The committed statistics, approached from the micro-batch's own, gradient through the latter.
 
     Batch renormalization (Ioffe 2017, arXiv:1702.03275), with the micro-batch's n values counted against
