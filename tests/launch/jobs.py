@@ -1,0 +1,95 @@
+"""Real processes for the tests: scripts of the checkout, and ranks without a launcher to kill one by one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+LOCAL = "launch/torchrun_local.sh"
+MULTINODE = "launch/torchrun_multinode.sh"
+_PATIENCE = 100.0
+
+
+def make_environment(**changes: str) -> dict[str, str]:
+    """The environment of a user's shell with the virtual environment active, one thread for each rank."""
+    beside_python = str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        "PATH": f"{beside_python}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        **changes,
+    }
+
+
+def run(*command: object, **changes: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in the checkout to its end; stdout and stderr together in ``stdout``."""
+    with started([str(part) for part in command], **changes) as process:
+        output, _ = process.communicate(timeout=_PATIENCE)
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+@contextmanager
+def started(command: Sequence[str], **changes: str) -> Iterator[subprocess.Popen[str]]:
+    """A running command; if it still runs in the end, it is told to stop as by a user's Ctrl-C."""
+    process = subprocess.Popen(
+        command,
+        cwd=CHECKOUT,
+        env=make_environment(**changes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)  # torchrun passes it on to its ranks
+            with suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=10)
+            process.kill()
+        process.communicate()
+
+
+@contextmanager
+def started_ranks(ranks: int, *arguments: object) -> Iterator[list[subprocess.Popen[str]]]:
+    """``train.py`` on so many ranks, each a child of this process; all are killed in the end."""
+    port = str(find_free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "launch/train.py", *map(str, arguments)],
+            cwd=CHECKOUT,
+            env=make_environment(
+                RANK=str(rank),
+                WORLD_SIZE=str(ranks),
+                LOCAL_RANK=str(rank),
+                LOCAL_WORLD_SIZE=str(ranks),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+            ),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def find_free_port() -> int:
+    """A port of the loopback interface that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,117 @@
+"""train.py from start to finish, killed and resumed, in real processes."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launch.arguments import Arguments
+from launch.checkpoint import checkpoint_path, load_checkpoint
+from launch.train import main
+from tests.launch import jobs
+
+pytestmark = pytest.mark.xdist_group("launch")
+
+# Two epochs of eight steps, and a checkpoint after each of them.
+SHORT = Arguments(window=16, train_images=120, epochs=2, checkpoint_every=1)
+
+
+def make_options(output: Path) -> list[str]:
+    return [
+        f"--window={SHORT.window}",
+        f"--train-images={SHORT.train_images}",
+        f"--epochs={SHORT.epochs}",
+        f"--checkpoint-every={SHORT.checkpoint_every}",
+        f"--output={output}",
+    ]
+
+
+def read_checkpoint(output: Path) -> dict[str, Any]:
+    return load_checkpoint(checkpoint_path(Arguments(output=str(output))), SHORT)
+
+
+def wait_for_step(output: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while not (output / "checkpoint.pt").exists() or count_steps(output) < step:
+        assert time.monotonic() < deadline, f"no checkpoint of step {step} came"
+        time.sleep(0.005)
+
+
+def count_steps(output: Path) -> int:
+    steps: int = read_checkpoint(output)["progress"]["total_steps"]
+    return steps
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of two ranks that nobody disturbed."""
+    output = tmp_path_factory.mktemp("uninterrupted")
+    finished = jobs.run(jobs.LOCAL, 2, "launch/train.py", *make_options(output))
+    assert finished.returncode == 0, finished.stdout
+    (output / "console.txt").write_text(finished.stdout)
+    return output
+
+
+def test_a_run_leaves_metrics_plot_scalars_and_table(uninterrupted: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = json.loads((uninterrupted / "metrics.json").read_text())
+    assert (metrics["ranks"], metrics["steps"]) == (2, 16)
+    assert metrics["arguments"]["window"] == 16
+    assert len(metrics["history"]) == 2
+    assert metrics["test_accuracy"] == metrics["history"][-1]["test_accuracy"]
+    assert (uninterrupted / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{metrics['test_accuracy']:.2%}" in (uninterrupted / "console.txt").read_text()
+    events = EventAccumulator(str(uninterrupted / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("step/train_loss")] == list(range(1, 17))
+    assert [event.step for event in events.Scalars("epoch/test_accuracy")] == [8, 16]
+
+
+def test_a_run_killed_in_the_middle_and_resumed_equals_an_undisturbed_one(uninterrupted: Path, tmp_path: Path) -> None:
+    options = make_options(tmp_path)
+    with jobs.started_ranks(2, *options):
+        wait_for_step(tmp_path, 3)
+    assert 3 <= count_steps(tmp_path) < 16  # leaving the block was SIGKILL, somewhere in the midst of a step
+    with jobs.started_ranks(2, *options, "--resume") as ranks:
+        assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def assert_same_run(output: Path, expected: Path) -> None:
+    ours, theirs = read_checkpoint(output), read_checkpoint(expected)
+    assert ours["progress"]["history"] == theirs["progress"]["history"]
+    assert ours["learner"]["model"].keys() == theirs["learner"]["model"].keys()
+    for name, value in theirs["learner"]["model"].items():
+        assert torch.equal(ours["learner"]["model"][name], value), name
+    for index, state in theirs["learner"]["optimizer"]["state"].items():
+        momentum = ours["learner"]["optimizer"]["state"][index]["momentum_buffer"]
+        assert torch.equal(momentum, state["momentum_buffer"])
+
+
+def test_resuming_with_other_arguments_is_refused_by_name(uninterrupted: Path) -> None:
+    finished = jobs.run("python", "-m", "launch.train", "--resume", "--lr=0.2", *make_options(uninterrupted))
+    assert finished.returncode == 2
+    assert "--lr is 0.2, the checkpoint's is 0.1" in finished.stdout
+
+
+def test_a_diverging_run_says_so_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--lr=1e30", *make_options(tmp_path)])
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert "training diverged at step" in error
+    assert "Lower --lr 1e+30" in error
+
+
+def test_a_single_process_learns_and_may_go_on_later(tmp_path: Path) -> None:
+    options = ["--model=mlp", "--micro-batch=16", f"--output={tmp_path}"]
+    main([*options, "--epochs=1"])
+    main([*options, "--epochs=2", "--resume"])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert len(metrics["history"]) == 2
+    assert metrics["test_accuracy"] > 0.9
