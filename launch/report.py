@@ -26,6 +26,8 @@ class Reporter(Protocol):
 
     def on_epoch(self, progress: Progress, record: EpochRecord) -> None: ...
 
+    def on_checkpoint(self) -> None: ...
+
     def on_finish(self, progress: Progress, ranks: int, device: str) -> None: ...
 
 
@@ -44,6 +46,9 @@ class SilentReporter:
         return
 
     def on_epoch(self, progress: Progress, record: EpochRecord) -> None:
+        return
+
+    def on_checkpoint(self) -> None:
         return
 
     def on_finish(self, progress: Progress, ranks: int, device: str) -> None:
@@ -99,6 +104,10 @@ class ConsoleReporter:
 
     def on_epoch(self, progress: Progress, record: EpochRecord) -> None:
         self._log(progress, {f"epoch/{name}": value for name, value in dataclasses.asdict(record).items()})
+
+    def on_checkpoint(self) -> None:
+        # Whoever goes on from the checkpoint logs only what comes after it.
+        self._writer.flush()
 
     def _log(self, progress: Progress, scalars: dict[str, float]) -> None:
         for name, value in scalars.items():

@@ -54,23 +54,24 @@ while [[ $# -gt 0 ]]; do
       shift
       break
       ;;
-    -*)
-      [[ $# -ge 2 ]] || fail "$1 needs a value"
-      case "$1" in
-        --nodes) nodes=$2 ;;
-        --node-rank) node_rank=$2 ;;
-        --endpoint) endpoint=$2 ;;
-        --ranks-per-node) ranks_per_node=$2 ;;
-        --rendezvous) rendezvous=$2 ;;
-        --run-id) run_id=$2 ;;
-        --interface) interface=$2 ;;
-        --local-addr) local_addr=$2 ;;
-        *) fail "$1 is not an option" ;;
-      esac
-      shift 2
+    --*=*)
+      set -- "${1%%=*}" "${1#*=}" "${@:2}"
+      continue
       ;;
+    --nodes) variable=nodes ;;
+    --node-rank) variable=node_rank ;;
+    --endpoint) variable=endpoint ;;
+    --ranks-per-node) variable=ranks_per_node ;;
+    --rendezvous) variable=rendezvous ;;
+    --run-id) variable=run_id ;;
+    --interface) variable=interface ;;
+    --local-addr) variable=local_addr ;;
+    -*) fail "$1 is not an option" ;;
     *) break ;;
   esac
+  [[ $# -ge 2 ]] || fail "$1 needs a value"
+  printf -v "$variable" '%s' "$2"
+  shift 2
 done
 
 [[ -n "$nodes" ]] || fail "the number of nodes is not set: give --nodes or NNODES"

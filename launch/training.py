@@ -96,5 +96,6 @@ class _Run:
             "learner": self.learner.state_dict(),
             "progress": self.progress.state_dict(),
         }
+        self.reporter.on_checkpoint()
         if self.placement.rank == 0:
             save_checkpoint(checkpoint_path(self.arguments), state)

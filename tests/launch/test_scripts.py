@@ -67,7 +67,9 @@ VALID = {"NNODES": "2", "NODE_RANK": "0", "RDZV_ENDPOINT": "10.0.0.1:29400"}
         ({}, ["--endpoint", "10.0.0.1", "x.py"], "--endpoint is 10.0.0.1: give HOST:PORT"),
         ({}, ["--rendezvous", "etcd", "x.py"], "--rendezvous is etcd: give static or c10d"),
         ({"RANKS_PER_NODE": "0"}, ["x.py"], "--ranks-per-node is 0"),
-        ({}, ["--colour", "red", "x.py"], "--colour is not an option"),
+        ({}, ["--nodes=0", "x.py"], "--nodes is 0"),
+        ({}, ["--colour=red", "x.py"], "--colour is not an option"),
+        ({}, ["--colour"], "--colour is not an option"),
     ],
 )
 def test_multinode_refuses_by_name(changes: dict[str, str], arguments: list[str], message: str) -> None:

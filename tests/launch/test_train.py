@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.arguments import Arguments
 from launch.checkpoint import checkpoint_path, load_checkpoint
@@ -47,6 +48,12 @@ def count_steps(output: Path) -> int:
     return steps
 
 
+def read_steps(output: Path, scalar: str) -> list[int]:
+    """The steps at which TensorBoard shows a scalar."""
+    events = EventAccumulator(str(output / "tensorboard")).Reload()
+    return [event.step for event in events.Scalars(scalar)]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of two ranks that nobody disturbed."""
@@ -58,8 +65,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_metrics_plot_scalars_and_table(uninterrupted: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     metrics = json.loads((uninterrupted / "metrics.json").read_text())
     assert (metrics["ranks"], metrics["steps"]) == (2, 16)
     assert metrics["arguments"]["window"] == 16
@@ -67,9 +72,8 @@ def test_a_run_leaves_metrics_plot_scalars_and_table(uninterrupted: Path) -> Non
     assert metrics["test_accuracy"] == metrics["history"][-1]["test_accuracy"]
     assert (uninterrupted / "training.png").read_bytes().startswith(b"\x89PNG")
     assert f"{metrics['test_accuracy']:.2%}" in (uninterrupted / "console.txt").read_text()
-    events = EventAccumulator(str(uninterrupted / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("step/train_loss")] == list(range(1, 17))
-    assert [event.step for event in events.Scalars("epoch/test_accuracy")] == [8, 16]
+    assert read_steps(uninterrupted, "step/train_loss") == list(range(1, 17))
+    assert read_steps(uninterrupted, "epoch/test_accuracy") == [8, 16]
 
 
 def test_a_run_killed_in_the_middle_and_resumed_equals_an_undisturbed_one(uninterrupted: Path, tmp_path: Path) -> None:
@@ -80,6 +84,7 @@ def test_a_run_killed_in_the_middle_and_resumed_equals_an_undisturbed_one(uninte
     with jobs.started_ranks(2, *options, "--resume") as ranks:
         assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
     assert_same_run(tmp_path, uninterrupted)
+    assert read_steps(tmp_path, "step/train_loss") == list(range(1, 17))
 
 
 def assert_same_run(output: Path, expected: Path) -> None:
