@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncaccum import meeting
 from syncaccum.moments import Moments
 from syncaccum.normalization import POLICIES, Batch, Policy, Renorm, Running
 from syncaccum.passes import normalize
@@ -139,17 +140,27 @@ class SyncAccumBatchNorm(_BatchNorm):
             commit_layers(self, [(type(self).__name__, self)])
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise; in training, also accumulate. Not collective."""
+        """Normalise; in training, also accumulate. Not collective, outside of ``lockstep``."""
         self._check_input(input)
-        if not (self.training and self.track_running_stats):
+        if not self._takes_part():
             return super().forward(input)
         return self._accumulate_and_normalize(input, self.weight, self.bias, self.eps)
+
+    def _takes_part(self) -> bool:
+        """Whether a forward is ours, or plain nn.BatchNorm's."""
+        if self.training and self.track_running_stats:
+            return True
+        uses_its_batch = self.training or self.running_mean is None
+        return uses_its_batch and not torch.compiler.is_compiling() and meeting.current() is not None
 
     def _accumulate_and_normalize(
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
-        output, moments = normalize(input, weight, bias, self._choose_policy(input, eps))
         compiling = torch.compiler.is_compiling()
+        participant = None if compiling else meeting.current()
+        if participant is not None:
+            return participant.normalize(self, input, weight, bias, eps)
+        output, moments = normalize(input, weight, bias, self._choose_policy(input, eps))
         if compiling or not _runs_in_backward():
             self._window.add_(moments.pack())
         if not compiling:  # a Python counter would recompile the graph on every call

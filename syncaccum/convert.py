@@ -6,6 +6,7 @@ reference to it survive because nothing is copied.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from typing import Any, TypeVar, cast
 
@@ -182,7 +183,7 @@ def _make_class(base: type[SyncAccumBatchNorm], source: type[_BatchNorm]) -> typ
             "__module__": base.__module__,
         }
         if source.forward not in _FORWARDS_OF_TORCH:
-            body["forward"] = _forward_through(source)
+            body.update(_forward_through(source))
         # DDP and others ask whether a layer is a SyncBatchNorm, and then insist on a GPU.
         bases = (base,) if issubclass(source, nn.SyncBatchNorm) else (base, source)
         name = base.__name__ + source.__name__.removeprefix("BatchNorm")
@@ -190,29 +191,43 @@ def _make_class(base: type[SyncAccumBatchNorm], source: type[_BatchNorm]) -> typ
     return _made[base, source]
 
 
-def _forward_through(source: type[_BatchNorm]) -> Any:
+def _forward_through(source: type[_BatchNorm]) -> dict[str, Any]:
     """A subclass's own forward, with our accumulate-and-normalise where it calls F.batch_norm."""
 
     def forward(self: SyncAccumBatchNorm, *args: Any, **kwargs: Any) -> Any:
-        if not (self.training and self.track_running_stats):
+        if not self._takes_part():
             return source.forward(self, *args, **kwargs)
-        # Copies of nn.BatchNorm's forward count batches themselves, unless they believe nothing is tracked.
-        self.track_running_stats = False
-        try:
-            with _RouteBatchNorm(self):
-                return source.forward(self, *args, **kwargs)
-        finally:
-            self.track_running_stats = True
+        with _RouteBatchNorm(self):
+            return source.forward(self, *args, **kwargs)
 
-    return forward
+    def get_tracking(self: SyncAccumBatchNorm) -> bool:
+        # Copies of nn.BatchNorm's forward count batches themselves, unless they believe that nothing is tracked.
+        return self.__dict__["track_running_stats"] and getattr(_routed, "layer", None) is not self
+
+    def set_tracking(self: SyncAccumBatchNorm, value: bool) -> None:
+        self.__dict__["track_running_stats"] = value
+
+    return {"forward": forward, "track_running_stats": property(get_tracking, set_tracking)}
+
+
+_routed = threading.local()  # by thread: in lockstep, several are inside the same layer
 
 
 class _RouteBatchNorm(TorchFunctionMode):
-    """Inside, F.batch_norm in training is the layer's accumulate-and-normalise."""
+    """Inside, F.batch_norm is the layer's accumulate-and-normalise."""
 
     def __init__(self, layer: SyncAccumBatchNorm) -> None:
         super().__init__()
         self._layer = layer
+
+    def __enter__(self) -> _RouteBatchNorm:
+        _routed.layer = self._layer
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        _routed.layer = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.batch_norm:

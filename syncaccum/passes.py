@@ -10,7 +10,8 @@ fastest (channels_last of any dimension, and (N, C)), or *rows*, where each (sam
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ _MAX_RUN = 32768
 # Largest mean^2/variance at which float32 values are measured as they are: their sums carry the mean to 1e-7 of
 # itself, and plain sums of squares the variance to 1e-7 times this.
 _MAX_OFFSET = 4.0**2
+
+
+ReduceSums = Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
 
 
 class Measured(NamedTuple):
@@ -181,43 +185,83 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Pol
         measured = measure(x)
         to = policy(measured.n, measured.mean, measured.variance)
         moments = measured.moments()
-    y: Tensor = _Normalize.apply(x, weight, bias, measured, to, policy)  # type: ignore[no-untyped-call]
+    (y,) = _apply_normalize(to, [measured], weight, bias, None, policy, x)
     return y, moments
 
 
+def normalize_together(
+    xs: Sequence[Tensor],
+    measured: Sequence[Measured],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    to: Normalizer,
+    reduce_sums: ReduceSums,
+) -> tuple[Tensor, ...]:
+    """Normalise several dense micro-batches with statistics that all of them took part in.
+
+    Args:
+        to: from the moments of everyone's micro-batches; its feedback counts all their values.
+        reduce_sums: from this process's two sums of the backward to everyone's. Collective where the moments were.
+    """
+    return _apply_normalize(to, measured, weight, bias, reduce_sums, None, *xs)
+
+
+def _apply_normalize(*args: Any) -> tuple[Tensor, ...]:
+    return cast(tuple[Tensor, ...], _Normalize.apply(*args))  # type: ignore[no-untyped-call]
+
+
 class _Normalize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, measured, to, policy):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, weight, bias)
-        ctx.to, ctx.policy = to, policy
-        return apply_affine(x, measured, weight, bias, to)
+    """Inputs that share their statistics, and with them a backward; an ordinary forward has one."""
 
     @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        x, weight, bias = ctx.saved_tensors
+    def forward(ctx, to, measured, weight, bias, reduce_sums, policy, *xs):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(weight, bias, *xs)
+        ctx.to, ctx.reduce_sums, ctx.policy = to, reduce_sums, policy
+        return tuple(apply_affine(x, m, weight, bias, to) for x, m in zip(xs, measured, strict=True))
+
+    @staticmethod
+    def backward(ctx, *dys):  # type: ignore[no-untyped-def]
+        weight, bias, *xs = ctx.saved_tensors
+        _, _, needs_weight, needs_bias, _, _, *needs_x = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            return *_composed_gradients(ctx, dy, x, weight, bias), None, None, None  # type: ignore[no-untyped-call]
-        dy = _match_order(dy, x)
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        sums = gradient_sums(dy, x, ctx.to)
-        dweight, dbias = parameter_gradients(ctx.to, sums)
+            return _composed_gradients(ctx, *dys)  # type: ignore[no-untyped-call]
+        pairs = [(_match_order(dy, x), x) for dy, x in zip(dys, xs, strict=True)]
+        local = _add_sums([gradient_sums(dy, x, ctx.to) for dy, x in pairs])
+        dweight, dbias = parameter_gradients(ctx.to, local)  # of this process: DDP adds up the others'
+        sums = local if ctx.reduce_sums is None else ctx.reduce_sums(local)
         return (
-            apply_gradient(dy, x, weight, ctx.to, sums) if needs_x else None,
+            None,
+            None,
             dweight.to(weight.dtype) if needs_weight else None,
             dbias.to(bias.dtype) if needs_bias else None,
             None,
             None,
-            None,
+            *(
+                apply_gradient(dy, x, weight, ctx.to, sums) if needed else None
+                for (dy, x), needed in zip(pairs, needs_x, strict=True)
+            ),
         )
 
 
-def _composed_gradients(ctx, dy, x, weight, bias):  # type: ignore[no-untyped-def]
+def _add_sums(each: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(each) == 1:
+        return each[0]
+    first, second = (torch.stack(s).sum(0, dtype=torch.float64) for s in zip(*each, strict=True))
+    return first, second
+
+
+def _composed_gradients(ctx, dy, *others):  # type: ignore[no-untyped-def]
     """Gradients that can be differentiated again (``create_graph=True``)."""
-    needed = ctx.needs_input_grad[:3]
+    if ctx.policy is None:
+        raise RuntimeError("lockstep does not support create_graph=True: take gradients of gradients without it")
+    weight, bias, x = ctx.saved_tensors
+    _, _, needs_weight, needs_bias, _, _, needs_x = ctx.needs_input_grad
+    needed = (needs_weight, needs_bias, needs_x)
     y, _ = _compose(x, weight, bias, ctx.policy)
-    inputs = [tensor for tensor, wanted in zip((x, weight, bias), needed, strict=True) if wanted]
+    inputs = [tensor for tensor, wanted in zip((weight, bias, x), needed, strict=True) if wanted]
     gradients = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
-    return [next(gradients) if wanted else None for wanted in needed]
+    dweight, dbias, dx = (next(gradients) if wanted else None for wanted in needed)
+    return None, None, dweight, dbias, None, None, dx
 
 
 def _compose(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Policy) -> tuple[Tensor, Moments]:
