@@ -59,6 +59,15 @@ def test_first_commit_is_the_same_where_micro_batches_are(normalization: str) ->
         assert_states_close(statistics, one, rtol=torch.finfo(torch.float32).eps)
 
 
+def test_batch_policy_with_one_micro_batch_to_a_window_is_plain_batchnorm() -> None:
+    # Steps amplify rounding, so the tolerance is that of the other float64 comparison above.
+    arguments = {"dtype": "float64", "window": 16, "micro_batch": 16, "train_images": 32}
+    ours = run_on_ranks(train_one_epoch, 1, Arguments(**arguments, normalization="batch"))[0][0]
+    plain = run_on_ranks(train_one_epoch, 1, Arguments(**arguments, normalization="none"))[0][0]
+    assert ours["stem.1.num_batches_tracked"] == 2
+    assert_states_close(ours, plain, rtol=1e-9)
+
+
 @pytest.mark.parametrize("normalization", ["renorm", "none"])
 @on_ranks(3)
 def test_a_learner_that_loads_a_state_goes_on_bit_for_bit(rank: Rank, normalization: str) -> None:
