@@ -6,10 +6,12 @@ from syncaccum.convert import AccumulateBatchNorm, convert_sync_accum, revert_sy
 from syncaccum.errors import (
     CommitError,
     LayoutMismatchError,
+    LockstepError,
     NoLayersError,
     NonFiniteStatisticsError,
     TooFewValuesError,
 )
+from syncaccum.lockstep import lockstep
 from syncaccum.moments import Moments
 from syncaccum.step_hook import commit_on_step
 from syncaccum.window import discard, load_window_state_dict, window_state_dict
@@ -19,6 +21,7 @@ __all__ = [
     "CommitError",
     "CommitReport",
     "LayoutMismatchError",
+    "LockstepError",
     "Moments",
     "NoLayersError",
     "NonFiniteStatisticsError",
@@ -29,6 +32,7 @@ __all__ = [
     "convert_sync_accum",
     "discard",
     "load_window_state_dict",
+    "lockstep",
     "revert_sync_accum",
     "window_state_dict",
 ]

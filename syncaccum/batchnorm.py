@@ -161,11 +161,15 @@ class SyncAccumBatchNorm(_BatchNorm):
         if participant is not None:
             return participant.normalize(self, input, weight, bias, eps)
         output, moments = normalize(input, weight, bias, self._choose_policy(input, eps))
-        if compiling or not _runs_in_backward():
-            self._window.add_(moments.pack())
-        if not compiling:  # a Python counter would recompile the graph on every call
-            self._warn_if_forgotten()
+        if compiling:
+            self._window.add_(moments.pack())  # alone: a Python counter would recompile the graph on every call
+        elif not _runs_in_backward():
+            self._accumulate(moments)
         return output
+
+    def _accumulate(self, moments: Moments) -> None:
+        self._window.add_(moments.pack())
+        self._warn_if_forgotten()
 
     def _choose_policy(self, input: Tensor, eps: float) -> Policy:
         count = input.numel() // self.num_features

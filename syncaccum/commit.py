@@ -71,15 +71,23 @@ def commit(model: nn.Module) -> CommitReport:
 
 def tracking_layers(model: nn.Module) -> list[NamedLayer]:
     """The named layers of a model that take part in its commits, in module order, each once."""
+    layers = [(name, layer) for name, layer in named_layers(model) if layer.track_running_stats]
+    if not layers:
+        raise NoLayersError(f"no SyncAccumBatchNorm layer of {type(model).__name__} tracks statistics")
+    return layers
+
+
+def named_layers(model: nn.Module) -> list[NamedLayer]:
+    """All SyncAccumBatchNorm layers of a model with their names, in module order, each once."""
     layers = [
         (_strip_wrappers(name) or type(module).__name__, module)
         for name, module in model.named_modules()
-        if isinstance(module, SyncAccumBatchNorm) and module.track_running_stats
+        if isinstance(module, SyncAccumBatchNorm)
     ]
     if not layers:
         raise NoLayersError(
-            f"{type(model).__name__} has no SyncAccumBatchNorm layer that tracks statistics: call "
-            "convert_sync_accum(model) first (torch's SyncBatchNorm.convert_sync_batchnorm undoes it)"
+            f"{type(model).__name__} has no SyncAccumBatchNorm layer: call convert_sync_accum(model) first "
+            "(torch's SyncBatchNorm.convert_sync_batchnorm undoes it)"
         )
     return layers
 

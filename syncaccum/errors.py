@@ -21,3 +21,7 @@ class TooFewValuesError(CommitError, ValueError):
 
 class NoLayersError(CommitError, ValueError):
     """The model has no SyncAccumBatchNorm that tracks statistics: it was never converted, or converted back."""
+
+
+class LockstepError(RuntimeError):
+    """The micro-batches of a lockstep cannot go side by side; no statistics were kept."""

@@ -195,13 +195,14 @@ def normalize_together(
     weight: Tensor | None,
     bias: Tensor | None,
     to: Normalizer,
-    reduce_sums: ReduceSums,
+    reduce_sums: ReduceSums | None,
 ) -> tuple[Tensor, ...]:
     """Normalise several dense micro-batches with statistics that all of them took part in.
 
     Args:
         to: from the moments of everyone's micro-batches; its feedback counts all their values.
-        reduce_sums: from this process's two sums of the backward to everyone's. Collective where the moments were.
+        reduce_sums: from this process's two sums of the backward to everyone's, collective where the moments were;
+            None where there is nobody else.
     """
     return _apply_normalize(to, measured, weight, bias, reduce_sums, None, *xs)
 

@@ -1,0 +1,73 @@
+"""What a thread knows about how tensors are to be computed, captured in one thread and entered in another.
+
+torch keeps it by thread: grad and inference mode, autocast, saved-tensor hooks, function and dispatch modes (default
+device among them), the current CUDA device and stream. Python keeps context variables. The default dtype is the
+process's own. The private names of torch are used here alone, and tests check each kind of state.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import _pop_mode as _pop_function_mode
+from torch.overrides import _push_mode as _push_function_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
+from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
+
+
+class ThreadState:
+    """The state of the thread that makes it."""
+
+    def __init__(self) -> None:
+        self._context = contextvars.copy_context()
+        self._grad = torch.is_grad_enabled()
+        self._inference = torch.is_inference_mode_enabled()
+        self._autocast = [
+            (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
+        ]
+        self._autocast_cache = torch.is_autocast_cache_enabled()
+        self._hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        self._function_modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        self._dispatch_modes = _get_current_dispatch_mode_stack()
+        self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+
+    def run(self, function: Callable[[], None]) -> None:
+        """Call a function in this thread as if in the thread that made the state."""
+        self._context.copy().run(self._run, function)  # a copy: one thread at a time may be inside a context
+
+    def _run(self, function: Callable[[], None]) -> None:
+        with ExitStack() as stack:
+            for manager in self._managers():
+                stack.enter_context(manager)
+            function()
+
+    def _managers(self) -> Iterator[Any]:
+        if self._stream is not None:
+            yield torch.cuda.device(self._stream.device)
+            yield torch.cuda.stream(self._stream)
+        yield torch.inference_mode(self._inference)
+        yield torch.set_grad_enabled(self._grad)
+        for kind, dtype in self._autocast:
+            yield torch.autocast(kind, dtype, cache_enabled=self._autocast_cache)
+        if self._hooks is not None:
+            yield torch.autograd.graph.saved_tensors_hooks(*self._hooks)
+        for mode in self._dispatch_modes:
+            yield _pushed(mode, _push_dispatch_mode, _pop_dispatch_mode)
+        for mode in self._function_modes:
+            yield _pushed(mode, _push_function_mode, _pop_function_mode)
+
+
+@contextmanager
+def _pushed(mode: Any, push: Callable[[Any], None], pop: Callable[[], Any]) -> Iterator[None]:
+    # Not by entering the mode: it is entered already, and some keep account of that.
+    push(mode)
+    try:
+        yield
+    finally:
+        pop()
