@@ -19,7 +19,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
@@ -31,8 +31,8 @@ import torch.distributed as dist
 
 # Longer than any group timeout in use, so that a rank that waits in a collective can still say so.
 _PATIENCE = 60.0
-# For a rank that is to be lost to show that it is not; a stopped one takes all of it.
-_GRACE = 0.3
+# For a rank that is to be lost to show that it is not, also on a busy machine; a stopped one takes all of it.
+_GRACE = 1.0
 
 # forkserver: a fork of the test process hangs once OpenMP has run there, and spawn imports torch for every rank.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -124,9 +124,9 @@ class Ranks:
         """Leave the group; the next run joins a new one."""
         if self._folder is None:
             return
-        _call_each(_leave_group, [()] * self._size, (), _PATIENCE)
-        self._folder.cleanup()
-        self._folder = None
+        folder, self._folder = self._folder, None
+        with folder:
+            _call_each(_leave_group, [()] * self._size, (), _PATIENCE)
 
     def _call(
         self, body: Callable[..., Any], args: tuple[Any, ...], lost: Collection[int], patience: float
@@ -170,7 +170,9 @@ class _Process:
 
     def send(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         # Plain pickle: the pipe's own would move tensors through shared memory, which dies with its process.
-        self.pipe.send_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
+        request = pickle.dumps((function.__module__, function.__qualname__, args))
+        with suppress(BrokenPipeError):  # it just died; `receive` says so
+            self.pipe.send_bytes(request)
 
     def receive(self) -> _Reply:
         try:

@@ -112,6 +112,15 @@ def test_a_model_that_ddp_already_wraps_can_be_converted(rank: Rank) -> None:
 
 
 @on_ranks(2)
+def test_ranks_may_commit_through_different_wrappers(rank: Rank) -> None:
+    ddp = DistributedDataParallel(convert_sync_accum(make_network()))
+    oracle = Oracle(ddp)
+    accumulate(ddp, make_window(rank, 0), oracle)
+    commit(ddp if rank.index == 0 else ddp.module)
+    oracle.check_commit()
+
+
+@on_ranks(2)
 def test_a_converted_sync_batch_norm_trains_on_the_cpu(rank: Rank) -> None:
     """torch's SyncBatchNorm refuses CPU tensors, and DDP asks for a GPU where it sees one."""
     network = nn.SyncBatchNorm.convert_sync_batchnorm(make_network())

@@ -73,7 +73,7 @@ def test_dead_rank_is_reported_and_replaced() -> None:
 def test_hanging_rank_is_reported_and_replaced() -> None:
     with open_ranks(2) as ranks:
         with pytest.raises(RankError, match=r"--- rank 0: did not answer\n--- rank 1: returned"):
-            ranks.run(hang_rank_0, patience=0.5)
+            ranks.run(hang_rank_0, patience=2.0)
         assert ranks.run(sum_indices) == [1.0, 1.0]
 
 
