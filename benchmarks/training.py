@@ -23,6 +23,7 @@ from launch.placement import Placement
 from launch.progress import EpochRecord, Progress
 
 SEEDS = (0, 1, 2)
+IMAGES = 1436  # leaves no window a remainder that some micro-batch size would cut down to a single image
 Case = tuple[str, str, int, float]  # model, normalization, micro-batch, learning rate
 
 RESNET = [
@@ -39,7 +40,9 @@ MLP = [
 def train(case: Case, seed: int) -> EpochRecord:
     """The last epoch's record; NaN throughout where training diverged."""
     model, normalization, micro_batch, lr = case
-    arguments = Arguments(model=model, normalization=normalization, micro_batch=micro_batch, lr=lr, seed=seed)
+    arguments = Arguments(
+        model=model, normalization=normalization, micro_batch=micro_batch, lr=lr, seed=seed, train_images=IMAGES
+    )
     learner = Learner(arguments, Placement(), torch.device("cpu"))
     progress = Progress()
     try:

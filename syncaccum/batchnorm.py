@@ -137,7 +137,7 @@ class SyncAccumBatchNorm(_BatchNorm):
         from syncaccum.commit import commit_layers  # commit knows layers, so a layer asks for it late
 
         if self.track_running_stats:
-            commit_layers(self, [(type(self).__name__, self)])
+            commit_layers([(type(self).__name__, self)])
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise; in training, also accumulate. Not collective, outside of ``lockstep``."""

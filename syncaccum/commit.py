@@ -66,7 +66,7 @@ def commit(model: nn.Module) -> CommitReport:
 
     After an error, running statistics are bit-unchanged and the window is as it was.
     """
-    return commit_layers(model, tracking_layers(model))
+    return commit_layers(tracking_layers(model))
 
 
 def tracking_layers(model: nn.Module) -> list[NamedLayer]:
@@ -79,11 +79,13 @@ def tracking_layers(model: nn.Module) -> list[NamedLayer]:
 
 def named_layers(model: nn.Module) -> list[NamedLayer]:
     """All SyncAccumBatchNorm layers of a model with their names, in module order, each once."""
-    layers = [
-        (_strip_wrappers(name) or type(module).__name__, module)
-        for name, module in model.named_modules()
-        if isinstance(module, SyncAccumBatchNorm)
-    ]
+    layers: list[NamedLayer] = []
+    wrapped: set[str] = set()
+    for name, module in model.named_modules():
+        if type(module).__name__ in _WRAPPERS:
+            wrapped.add(f"{name}.{_WRAPPERS[type(module).__name__]}".removeprefix("."))
+        if isinstance(module, SyncAccumBatchNorm):
+            layers.append((_unwrap_name(name, wrapped) or type(module).__name__, module))
     if not layers:
         raise NoLayersError(
             f"{type(model).__name__} has no SyncAccumBatchNorm layer: call convert_sync_accum(model) first "
@@ -92,14 +94,26 @@ def named_layers(model: nn.Module) -> list[NamedLayer]:
     return layers
 
 
-def _strip_wrappers(name: str) -> str:
-    """The name without what DDP, torch.compile and checkpoint wrappers put into it: ranks may wrap differently."""
-    wrappers = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-    return ".".join(part for part in name.split(".") if part not in wrappers)
+# Modules that stand for another one, and the name they hold it by. Ranks and checkpoints may wrap differently.
+_WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+}
 
 
-def commit_layers(root: nn.Module, layers: Sequence[NamedLayer]) -> CommitReport:
-    """Commit these layers; ``root`` is the module in whose name, to remember the layout by."""
+def _unwrap_name(name: str, wrapped: set[str]) -> str:
+    """A layer's name without the parts that wrappers put into it."""
+    if not wrapped:
+        return name
+    parts = name.split(".")
+    return ".".join(part for i, part in enumerate(parts) if ".".join(parts[: i + 1]) not in wrapped)
+
+
+def commit_layers(layers: Sequence[NamedLayer]) -> CommitReport:
+    """Commit these layers, whatever module they are in. Collective."""
     start = time.perf_counter()
     applied: list[str] = []
     values: dict[str, int] = {}
@@ -108,7 +122,7 @@ def commit_layers(root: nn.Module, layers: Sequence[NamedLayer]) -> CommitReport
     for group, members in _group_layers(layers).items():
         # A failure in one group must not keep this rank from the next group's all-reduce: its peers wait there.
         try:
-            counts, size = _commit_group(root, group, members)
+            counts, size = _commit_group(group, members)
         except CommitError as error:
             first_error = first_error or error
             continue
@@ -133,11 +147,11 @@ def _group_layers(layers: Sequence[NamedLayer]) -> dict[Group, list[NamedLayer]]
 
 
 @torch.no_grad()
-def _commit_group(root: nn.Module, group: Group, members: Sequence[NamedLayer]) -> tuple[list[int], int]:
+def _commit_group(group: Group, members: Sequence[NamedLayer]) -> tuple[list[int], int]:
     transport = transport_over(group)
-    layout = verify_layout(root, group, transport, members)
+    layout, message_size = verify_layout(group, transport, members)
     windows = [layer._window for _, layer in members]
-    reduced = _reduce(transport, layout, windows)
+    reduced = _reduce(transport, layout, message_size, windows)
     counts = _judge(transport, layout, members, reduced)
     seen = [layer for (_, layer), count in zip(members, counts, strict=True) if count > 0]
     if len(seen) == len(members):
@@ -147,13 +161,14 @@ def _commit_group(root: nn.Module, group: Group, members: Sequence[NamedLayer]) 
     return counts, transport.size
 
 
-def _reduce(transport: Transport, layout: Layout, windows: Sequence[Tensor]) -> Tensor:
+def _reduce(transport: Transport, layout: Layout, message_size: int, windows: Sequence[Tensor]) -> Tensor:
     home = windows[0].device
     device = transport.choose_device(home)
-    header = torch.tensor(layout.header(changed=False), dtype=torch.float64, device=device)
-    message = torch.cat([header, *(window.to(device) for window in windows)])
+    header = torch.tensor(layout.header(new=False), dtype=torch.float64, device=device)
+    padding = header.new_zeros(message_size - layout.message_size)
+    message = torch.cat([header, *(window.to(device) for window in windows), padding])
     transport.all_reduce(message)
-    return message.to(home)
+    return message[: layout.message_size].to(home)
 
 
 def _judge(transport: Transport, layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> list[int]:
@@ -162,7 +177,7 @@ def _judge(transport: Transport, layout: Layout, members: Sequence[NamedLayer], 
     # One transfer: on a GPU each would wait for the device.
     *verdict, finite = torch.cat([reduced[:HEADER], reduced[at], reduced.isfinite().all().reshape(1)]).tolist()
     header, counts = verdict[:HEADER], verdict[HEADER:]
-    if not layout.agrees(header, transport.size, changed=False):
+    if not layout.agrees(header, transport.size, new=False):
         raise_layout_mismatch(transport, layout)
     if not finite:
         _raise_non_finite(transport, members)
@@ -209,7 +224,7 @@ def _apply(layout: Layout, layers: Sequence[SyncAccumBatchNorm], reduced: Tensor
     current = [cast(Tensor, layer._buffers[name]) for name in ("running_mean", "running_var") for layer in layers]
     old = torch.cat([tensor.to(reduced.device) for tensor in current]).to(torch.float64).view(2, -1)
     new = old.mul_(1 - factor).add_(update.mul_(factor)).view(-1)
-    torch._foreach_copy_(current, torch.split(new, layout.widths * 2))
+    torch._foreach_copy_(current, torch.split(new, list(layout.widths * 2)))
     torch._foreach_add_([cast(Tensor, layer._buffers["num_batches_tracked"]) for layer in layers], 1)
     torch._foreach_zero_([layer._window for layer in layers])
     for layer in layers:

@@ -22,6 +22,7 @@ from syncaccum import meeting
 from syncaccum.batchnorm import SyncAccumBatchNorm
 from syncaccum.commit import named_layers
 from syncaccum.errors import LockstepError, TooFewValuesError
+from syncaccum.layout import verify_layout
 from syncaccum.moments import Moments
 from syncaccum.normalization import Normalizer
 from syncaccum.offload import HostStore
@@ -132,10 +133,9 @@ class _Window:
     """The micro-batches of this rank, and what they share at each layer."""
 
     def __init__(self, model: nn.Module, size: int) -> None:
-        layers = named_layers(model)
-        self._names = {layer: name for name, layer in layers}
-        self._numbers = {layer: number for number, (_, layer) in enumerate(layers)}
-        self._widest = max(layer.num_features for _, layer in layers)
+        self._layers = named_layers(model)
+        self._names = {layer: name for name, layer in self._layers}
+        self._numbers = {layer: number for number, (_, layer) in enumerate(self._layers)}
         self._wrappers = _ddp_wrappers(model)
         self._size = size
         self._arrivals: list[_Arrival] = []
@@ -204,7 +204,10 @@ class _Window:
     def _exchange_of(self, layer: SyncAccumBatchNorm) -> _Exchange:
         group = resolve_group(layer.process_group)
         if group not in self._exchanges:
-            self._exchanges[group] = _Exchange(transport_over(group), 1 + 2 * self._widest)
+            transport = transport_over(group)
+            # The size below must be the same everywhere, so the layers must be.
+            verify_layout(group, transport, self._layers)
+            self._exchanges[group] = _Exchange(transport, 1 + 2 * max(layer.num_features for _, layer in self._layers))
         return self._exchanges[group]
 
 

@@ -27,7 +27,7 @@ _ORIGIN_SAMPLES = 64
 # whose rounding error grows with the number of additions (measured, relative error of a variance, rows and columns:
 # 4e-7 and 1e-6 at 4,096, 1e-6 and 6e-6 at 50,000, 3e-5 and 2e-4 at a million); longer runs are cut, and the pieces
 # added in float64.
-_MAX_RUN = 32768
+_MAX_RUN = 4096
 
 # Largest mean^2/variance at which float32 values are measured as they are: their sums carry the mean to 1e-7 of
 # itself, and plain sums of squares the variance to 1e-7 times this.

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+
+# Tests share the cores: with several threads each, they would mostly wait for threads that do not get to run.
+torch.set_num_threads(1)
 
 
 @pytest.hookimpl(optionalhook=True)  # the hook is there only with xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``--dist loadgroup``, keep the multi-rank tests on one worker: each would start a pool of ranks.
+    """With ``--dist loadgroup``, keep tests that share processes or runs on one worker each.
 
     By a scheduler, because pytest 9.2 ignores the mark ``xdist_group`` (pytest-dev/pytest-xdist#1386).
     """
@@ -17,8 +21,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         return None
     from xdist.scheduler import LoadGroupScheduling
 
-    class OnePool(LoadGroupScheduling):
+    class ByFolder(LoadGroupScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "ranks" if "tests/distributed/" in nodeid else super()._split_scope(nodeid)
+            shared = [folder for folder in ("tests/distributed/", "tests/launch/") if folder in nodeid]
+            return shared[0] if shared else super()._split_scope(nodeid)
 
-    return OnePool(config, log)
+    return ByFolder(config, log)
