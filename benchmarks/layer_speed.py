@@ -1,7 +1,8 @@
 """How long does a training forward and backward of the layer take, next to nn.BatchNorm2d and the seed's layer?
 
-All layers take turns in one process; a ratio is the median over rounds of the ratio within a round, so that a
-machine whose speed drifts does not tilt it.
+All layers take turns in one process, a block of calls each; a ratio is the median over rounds of the ratio within a
+round, so that a machine whose speed drifts does not tilt it. The seed's layer has rounds of its own: what it leaves of
+caches and heap would slow down whatever comes next.
 
     python -m benchmarks.layer_speed
 """
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from benchmarks.report import Figure, publish
 from syncaccum import SyncAccumBatchNorm, commit
 
-ROUNDS = 300
+ROUNDS = 40
+BLOCK = 15
 SHAPES = [(8, 64, 56, 56), (8, 256, 28, 28)]
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 TARGETS = {
@@ -66,31 +68,37 @@ def make_layers(channels: int, x: Tensor) -> dict[str, nn.Module]:
     return layers
 
 
-def time_round(layer: nn.Module, x: Tensor, dy: Tensor) -> float:
-    start = time.perf_counter()
-    y = layer(x)
-    torch.autograd.grad(y, (x, *layer.parameters()), dy)
-    elapsed = time.perf_counter() - start
+def time_block(layer: nn.Module, x: Tensor, dy: Tensor) -> float:
+    """Seconds of one forward and backward: the median over a block, past its first call."""
+    times = []
+    for _ in range(BLOCK):
+        start = time.perf_counter()
+        y = layer(x)
+        torch.autograd.grad(y, (x, *layer.parameters()), dy)
+        times.append(time.perf_counter() - start)
     if isinstance(layer, SeedLayer):
         layer.reset()
     elif isinstance(layer, SyncAccumBatchNorm):
         layer.discard()
-    return elapsed
+    return statistics.median(times[1:])
 
 
-def measure(shape: tuple[int, ...], memory_format: torch.memory_format) -> dict[str, list[float]]:
+def measure(shape: tuple[int, ...], memory_format: torch.memory_format) -> dict[str, dict[str, list[float]]]:
+    """Seconds by peer, then by layer, a value for each round."""
     x = torch.randn(shape).to(memory_format=memory_format).requires_grad_()
     dy = torch.randn(shape).to(memory_format=memory_format)
     layers = make_layers(shape[1], x)
-    times: dict[str, list[float]] = {name: [] for name in layers}
-    for _ in range(ROUNDS):
-        for name, layer in layers.items():
-            times[name].append(time_round(layer, x, dy))
-    return {name: seconds[ROUNDS // 10 :] for name, seconds in times.items()}
+    turns = {"nn.BatchNorm2d": ("nn.BatchNorm2d", "running", "renorm", "batch"), "seed": ("seed", "running")}
+    times: dict[str, dict[str, list[float]]] = {peer: {name: [] for name in names} for peer, names in turns.items()}
+    for peer, names in turns.items():
+        for _ in range(ROUNDS):
+            for name in names:
+                times[peer][name].append(time_block(layers[name], x, dy))
+    return times
 
 
-def median_ratio(times: dict[str, list[float]], name: str, peer: str) -> float:
-    return statistics.median(a / b for a, b in zip(times[name], times[peer], strict=True))
+def median_ratio(times: dict[str, dict[str, list[float]]], name: str, peer: str) -> float:
+    return statistics.median(a / b for a, b in zip(times[peer][name], times[peer][peer], strict=True))
 
 
 def main() -> None:
@@ -103,7 +111,10 @@ def main() -> None:
         for order, memory_format in FORMATS.items():
             times = measure(shape, memory_format)
             where = f"{'x'.join(map(str, shape))} {order}"
-            details[where] = {name: f"{statistics.median(s) * 1e3:.3f} ms" for name, s in times.items()}
+            details[where] = {
+                name: f"{statistics.median(s) * 1e3:.3f} ms"
+                for name, s in (times["seed"] | times["nn.BatchNorm2d"]).items()
+            }
             for policy in ("running", "renorm", "batch"):
                 ratio = median_ratio(times, policy, "nn.BatchNorm2d")
                 figures.append(

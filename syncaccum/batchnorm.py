@@ -160,15 +160,15 @@ class SyncAccumBatchNorm(_BatchNorm):
         participant = None if compiling else meeting.current()
         if participant is not None:
             return participant.normalize(self, input, weight, bias, eps)
-        output, moments = normalize(input, weight, bias, self._choose_policy(input, eps))
+        output, sums = normalize(input, weight, bias, self._choose_policy(input, eps))
         if compiling:
-            self._window.add_(moments.pack())  # alone: a Python counter would recompile the graph on every call
+            self._window.add_(sums)  # alone: a Python counter would recompile the graph on every call
         elif not _runs_in_backward():
-            self._accumulate(moments)
+            self._accumulate(sums)
         return output
 
-    def _accumulate(self, moments: Moments) -> None:
-        self._window.add_(moments.pack())
+    def _accumulate(self, sums: Tensor) -> None:
+        self._window.add_(sums)
         self._warn_if_forgotten()
 
     def _choose_policy(self, input: Tensor, eps: float) -> Policy:

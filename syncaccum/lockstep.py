@@ -141,7 +141,7 @@ class _Window:
         self._arrivals: list[_Arrival] = []
         self._anyone_finished = False
         self._exchanges: dict[Group, _Exchange] = {}
-        self._statistics: list[tuple[SyncAccumBatchNorm, Moments]] = []
+        self._statistics: list[tuple[SyncAccumBatchNorm, Tensor]] = []
         self.outputs: Sequence[Tensor] = ()
 
     def arrive(self, index: int, arrival: _Arrival) -> None:
@@ -167,8 +167,8 @@ class _Window:
 
     def keep_statistics(self) -> None:
         """Add what the layers have seen to their windows, now that every micro-batch came through."""
-        for layer, moments in self._statistics:
-            layer._accumulate(moments)
+        for layer, sums in self._statistics:
+            layer._accumulate(sums)
 
     def _name(self, layer: SyncAccumBatchNorm) -> str:
         if layer not in self._names:
@@ -184,9 +184,7 @@ class _Window:
         visit = self._numbers[first.layer], name
         with torch.no_grad():
             measured = [measure(a.x) for a in arrivals]
-            mine = measured[0].moments()
-            for m in measured[1:]:
-                mine += m.moments()
+            mine = torch.stack([m.sums() for m in measured]).sum(0)
             everyones = exchange.moments(visit, mine, sum(m.n for m in measured))
             # Past the property of layers that route their own forward: it says no while they do.
             if first.layer.training and first.layer.__dict__["track_running_stats"]:
@@ -226,9 +224,9 @@ class _Exchange:
         self._transport = transport
         self._size = size
 
-    def moments(self, visit: Visit, mine: Moments, count: int) -> Moments:
-        """Everyone's moments. Collective."""
-        everyones = Moments.unpack(self._reduce(visit, mine.pack()))
+    def moments(self, visit: Visit, mine: Tensor, count: int) -> Moments:
+        """Everyone's moments, from this rank's packed ones. Collective."""
+        everyones = Moments.unpack(self._reduce(visit, mine))
         # Asking the device costs a wait, and a rank that has two values itself need not.
         if count < 2 and everyones.count == 1:
             raise TooFewValuesError(f"one value per channel in the whole global batch has no variance, in {visit[1]}")

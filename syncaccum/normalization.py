@@ -28,9 +28,16 @@ class Normalizer(NamedTuple):
 
     center: Tensor
     scale: Tensor
-    gain: Tensor | None  # r; None for 1
+    gain: Tensor | None  # r; None for 1, together with
     offset: Tensor | None  # d; None for 0
     feedback: Tensor | float | None
+
+    def cast(self, dtype: torch.dtype) -> Normalizer:
+        """The same in another precision: that of the data, when it is put to work."""
+        center, scale = self.center.to(dtype), self.scale.to(dtype)
+        if self.gain is None or self.offset is None:
+            return Normalizer(center, scale, None, None, self.feedback)
+        return Normalizer(center, scale, self.gain.to(dtype), self.offset.to(dtype), self.feedback)
 
 
 class Batch(NamedTuple):

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from syncaccum.moments import Moments
 from syncaccum.normalization import Normalizer, Policy
 
 # A handful of positions is enough for `_channel_origin`: see there.
@@ -40,9 +39,9 @@ ReduceSums = Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
 class Measured(NamedTuple):
     """A micro-batch about to be normalised.
 
-    ``values`` has the shape of the input and is float32 or wider: the input itself, or a new tensor from which
-    ``origin``, a constant per channel, was subtracted; :func:`apply_affine` turns a new tensor into the output in
-    place. ``mean`` and ``variance`` (population) are the input's; they and ``origin`` are float64, ``(C,)``.
+    ``values`` has the shape of the input and is float32 or wider: the input's values, less a constant per channel
+    where there is an ``origin``. ``mean`` and ``variance`` (population) are the input's; they and ``origin`` are
+    float64, ``(C,)``.
     """
 
     values: Tensor
@@ -51,10 +50,14 @@ class Measured(NamedTuple):
     mean: Tensor
     variance: Tensor
 
-    def moments(self) -> Moments:
-        """The sums to add to a window."""
-        total_sq = self.variance.addcmul(self.mean, self.mean).mul_(self.n)
-        return Moments(self.mean.new_full((), self.n), self.mean * self.n, total_sq)
+    def sums(self) -> Tensor:
+        """What to add to a window: packed moments."""
+        return pack_sums(self.n, self.mean, self.variance)
+
+
+def pack_sums(n: int, mean: Tensor, variance: Tensor) -> Tensor:
+    """Packed :class:`Moments` of n values per channel, from their float64 mean and population variance."""
+    return torch.cat((mean.new_ones(1), mean, torch.addcmul(variance, mean, mean))).mul_(n)
 
 
 def make_dense(x: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ def measure(x: Tensor) -> Measured:
         return Measured(values, None, 0, zeros, zeros)
     if not x.is_cuda:
         mean, variance = _mean_and_variance(values)
-        if bool((mean.square() <= variance * _MAX_OFFSET).all()):
+        if torch.addcmul(variance, mean, mean, value=-1 / _MAX_OFFSET).min().item() >= 0:
             return Measured(values, None, count, mean, variance)
     origin = _channel_origin(values)
     shifted = values - _per_channel(origin, x)
@@ -100,26 +103,33 @@ def _channel_origin(values: Tensor) -> Tensor:
     return flat[:, :, middle : middle + _ORIGIN_POSITIONS].mean((0, 2))
 
 
-def apply_affine(x: Tensor, measured: Measured, weight: Tensor | None, bias: Tensor | None, to: Normalizer) -> Tensor:
+def apply_normalizer(
+    x: Tensor, measured: Measured, weight: Tensor | None, bias: Tensor | None, to: Normalizer
+) -> Tensor:
     """Second pass: the output, in x's dtype and memory order."""
-    values = measured.values
-    center = to.center if measured.origin is None else to.center - measured.origin
-    slope, intercept = _affine(center, weight, bias, to)
-    a, b = _per_channel(slope.to(values.dtype), x), _per_channel(intercept.to(values.dtype), x)
-    reuse = None if values is x else values
-    if _is_rows(values):
-        # addcmul does not vectorise over two broadcast rows: six times as long.
-        return torch.mul(values, a, out=reuse).add_(b).to(x.dtype)
-    return torch.addcmul(b, values, a, out=reuse).to(x.dtype)
+    wide = measured.values.dtype
+    if measured.origin is not None:
+        to = to._replace(center=to.center - measured.origin)
+    slope, intercept = _slope_and_intercept(to.cast(wide), weight, bias)
+    return _apply_affine(measured.values, slope.to(wide), intercept.to(wide)).to(x.dtype)
 
 
-def _affine(center: Tensor, weight: Tensor | None, bias: Tensor | None, to: Normalizer) -> tuple[Tensor, Tensor]:
-    """Slope and intercept of the output over values around ``center``."""
+def _apply_affine(x: Tensor, slope: Tensor, intercept: Tensor) -> Tensor:
+    """A new tensor, x times slope plus intercept, per channel; all of one dtype."""
+    if _is_rows(x) or x.is_cuda:
+        # nn.BatchNorm's eval forward: the one kernel that walks rows once. addcmul does not vectorise over two
+        # broadcast rows and takes six times as long; in columns it is the faster one.
+        zeros = torch.zeros_like(slope)
+        return torch.native_batch_norm(x, slope, intercept, zeros, zeros + 1, False, 0.0, 0.0)[0]
+    return torch.addcmul(_per_channel(intercept, x), x, _per_channel(slope, x))
+
+
+def _slope_and_intercept(to: Normalizer, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     slope = _slope(to, weight)
     shift = to.offset if to.offset is None or weight is None else to.offset * weight
     if bias is not None:
         shift = bias if shift is None else shift + bias
-    return slope, -center * slope if shift is None else torch.addcmul(shift, center, slope, value=-1)
+    return slope, -to.center * slope if shift is None else torch.addcmul(shift, to.center, slope, value=-1)
 
 
 def _slope(to: Normalizer, weight: Tensor | None) -> Tensor:
@@ -134,17 +144,16 @@ def gradient_sums(dy: Tensor, x: Tensor, to: Normalizer) -> tuple[Tensor, Tensor
         return zeros, zeros
     if not _is_rows(x):
         dy, x = _columns(dy), _columns(x)
-    wide = torch.promote_types(x.dtype, torch.float32)
     # The reduction that torch's own BatchNorm uses; it subtracts the center before it multiplies.
     _, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
-        dy, x, None, None, None, to.center.to(wide), to.scale.to(wide), True, 0.0, [False, True, True]
+        dy, x, None, None, None, to.center, to.scale, True, 0.0, [False, True, True]
     )
     return sum_dy, sum_dy_xhat
 
 
 def apply_gradient(dy: Tensor, x: Tensor, weight: Tensor | None, to: Normalizer, sums: tuple[Tensor, Tensor]) -> Tensor:
     """Fourth pass: the gradient of x, in x's dtype and memory order."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = to.center.dtype
     slope = _slope(to, weight)
     a = _per_channel(slope.to(wide), x)
     if to.feedback is None:
@@ -153,9 +162,7 @@ def apply_gradient(dy: Tensor, x: Tensor, weight: Tensor | None, to: Normalizer,
     pull = slope * -to.feedback
     b = pull * to.scale * sum_dy_xhat
     c = torch.addcmul(pull * sum_dy, b, to.center, value=-1)
-    b, c = _per_channel(b.to(wide), x), _per_channel(c.to(wide), x)
-    dx = (x * b).add_(c) if _is_rows(x) else torch.addcmul(c, x, b)
-    return dx.addcmul_(dy, a).to(x.dtype)
+    return _apply_affine(x.to(wide), b.to(wide), c.to(wide)).addcmul_(dy, a).to(x.dtype)
 
 
 def parameter_gradients(to: Normalizer, sums: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -168,8 +175,8 @@ def parameter_gradients(to: Normalizer, sums: tuple[Tensor, Tensor]) -> tuple[Te
     return dweight, sum_dy
 
 
-def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Policy) -> tuple[Tensor, Moments]:
-    """Normalise a micro-batch under a policy; also its moments, detached.
+def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Policy) -> tuple[Tensor, Tensor]:
+    """Normalise a micro-batch under a policy; also its packed moments, detached.
 
     Args:
         x: shape ``(N, C, *)``; float64, float32, bfloat16 or float16. The result has its shape, dtype and
@@ -184,9 +191,9 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Pol
     with torch.no_grad():
         measured = measure(x)
         to = policy(measured.n, measured.mean, measured.variance)
-        moments = measured.moments()
+        sums = measured.sums()
     (y,) = _apply_normalize(to, [measured], weight, bias, None, policy, x)
-    return y, moments
+    return y, sums
 
 
 def normalize_together(
@@ -217,8 +224,8 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, to, measured, weight, bias, reduce_sums, policy, *xs):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(weight, bias, *xs)
-        ctx.to, ctx.reduce_sums, ctx.policy = to, reduce_sums, policy
-        return tuple(apply_affine(x, m, weight, bias, to) for x, m in zip(xs, measured, strict=True))
+        ctx.to, ctx.reduce_sums, ctx.policy = to.cast(measured[0].values.dtype), reduce_sums, policy
+        return tuple(apply_normalizer(x, m, weight, bias, to) for x, m in zip(xs, measured, strict=True))
 
     @staticmethod
     def backward(ctx, *dys):  # type: ignore[no-untyped-def]
@@ -265,9 +272,9 @@ def _composed_gradients(ctx, dy, *others):  # type: ignore[no-untyped-def]
     return None, None, dweight, dbias, None, None, dx
 
 
-def _compose(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Policy) -> tuple[Tensor, Moments]:
+def _compose(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Policy) -> tuple[Tensor, Tensor]:
     """`normalize` in plain differentiable operations: for compilers and for gradients of gradients."""
-    count = x.numel() // x.shape[1]
+    n = x.numel() // x.shape[1]
     dims = [d for d in range(x.dim()) if d != 1]
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     origin = _channel_origin(values.detach())
@@ -277,12 +284,10 @@ def _compose(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Poli
     variance = centered.square().mean(dims).to(torch.float64)
     origin = origin.to(torch.float64)
     mean = origin + mean_of_shifted
-    to = policy(count, mean, variance)
-    slope, intercept = _affine(to.center - origin, weight, bias, to)
+    to = policy(n, mean, variance)
+    slope, intercept = _slope_and_intercept(to._replace(center=to.center - origin), weight, bias)
     y = shifted * _per_channel(slope.to(shifted.dtype), x) + _per_channel(intercept.to(shifted.dtype), x)
-    mean, variance = mean.detach(), variance.detach()
-    total_sq = (variance + mean.square()) * count
-    return y.to(x.dtype), Moments(mean.new_full((), count), mean * count, total_sq)
+    return y.to(x.dtype), pack_sums(n, mean.detach(), variance.detach())
 
 
 def _is_rows(x: Tensor) -> bool:

@@ -157,10 +157,10 @@ def test_origin_is_not_led_astray_by_outliers_or_blank_borders() -> None:
 def test_empty_micro_batch_gives_empty_output_and_zero_gradients() -> None:
     x = torch.empty(0, C, 4, 4, requires_grad=True)
     weight = torch.ones(C, requires_grad=True)
-    y, moments = normalize(x, weight, None, Running(EPS, torch.zeros(C).double(), torch.ones(C).double()))
+    y, sums = normalize(x, weight, None, Running(EPS, torch.zeros(C).double(), torch.ones(C).double()))
     y.sum().backward()
     assert y.shape == x.shape
-    assert torch.equal(moments.pack(), torch.zeros(1 + 2 * C, dtype=torch.float64))
+    assert torch.equal(sums, torch.zeros(1 + 2 * C, dtype=torch.float64))
     assert torch.equal(weight.grad, torch.zeros(C))
 
 
