@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from syncaccum.normalization import Normalizer, Policy
+from syncaccum.normalization import Batch, Normalizer, Policy
 
 # A handful of positions is enough for `_channel_origin`: see there.
 _ORIGIN_POSITIONS = 16
@@ -26,7 +26,7 @@ _ORIGIN_SAMPLES = 64
 # whose rounding error grows with the number of additions (measured, relative error of a variance, rows and columns:
 # 4e-7 and 1e-6 at 4,096, 1e-6 and 6e-6 at 50,000, 3e-5 and 2e-4 at a million); longer runs are cut, and the pieces
 # added in float64.
-_MAX_RUN = 4096
+_MAX_RUN = 8192
 
 # Largest mean^2/variance at which float32 values are measured as they are: their sums carry the mean to 1e-7 of
 # itself, and plain sums of squares the variance to 1e-7 times this.
@@ -137,6 +137,24 @@ def _slope(to: Normalizer, weight: Tensor | None) -> Tensor:
     return slope if weight is None else slope * weight
 
 
+def gradients_of_own_statistics(
+    dy: Tensor, x: Tensor, weight: Tensor | None, to: Normalizer, needed: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Third and fourth pass in one, for dense dy and x in the same order; gradients of x, weight and bias.
+
+    Where the statistics are this micro-batch's alone, torch has a kernel for both.
+    """
+    weight = None if weight is None else weight.to(to.center.dtype)
+    columns = not _is_rows(x)
+    dy_, x_ = (_columns(dy), _columns(x)) if columns else (dy, x)
+    dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+        dy_, x_, weight, None, None, to.center, to.scale, True, 0.0, needed
+    )
+    if columns and dx is not None:
+        dx = dx.as_strided(x.shape, x.stride())
+    return dx, dweight, dbias
+
+
 def gradient_sums(dy: Tensor, x: Tensor, to: Normalizer) -> tuple[Tensor, Tensor]:
     r"""Third pass: :math:`\sum dy` and :math:`\sum dy\,\hat x` of dense dy and x in the same order."""
     if x.numel() == 0:
@@ -234,21 +252,23 @@ class _Normalize(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _composed_gradients(ctx, *dys)  # type: ignore[no-untyped-call]
         pairs = [(_match_order(dy, x), x) for dy, x in zip(dys, xs, strict=True)]
-        local = _add_sums([gradient_sums(dy, x, ctx.to) for dy, x in pairs])
-        dweight, dbias = parameter_gradients(ctx.to, local)  # of this process: DDP adds up the others'
-        sums = local if ctx.reduce_sums is None else ctx.reduce_sums(local)
-        return (
-            None,
-            None,
-            dweight.to(weight.dtype) if needs_weight else None,
-            dbias.to(bias.dtype) if needs_bias else None,
-            None,
-            None,
-            *(
-                apply_gradient(dy, x, weight, ctx.to, sums) if needed else None
-                for (dy, x), needed in zip(pairs, needs_x, strict=True)
-            ),
-        )
+        dweight: Tensor | None
+        dbias: Tensor | None
+        if isinstance(ctx.policy, Batch):
+            needed = [needs_x[0], needs_weight, needs_bias]
+            dx, dweight, dbias = gradients_of_own_statistics(*pairs[0], weight, ctx.to, needed)
+            dxs = [dx]
+        else:
+            local = _add_sums([gradient_sums(dy, x, ctx.to) for dy, x in pairs])
+            dweight, dbias = parameter_gradients(ctx.to, local)  # of this process: DDP adds up the others'
+            sums = local if ctx.reduce_sums is None else ctx.reduce_sums(local)
+            dxs = [
+                apply_gradient(dy, x, weight, ctx.to, sums) if wanted else None
+                for (dy, x), wanted in zip(pairs, needs_x, strict=True)
+            ]
+        dweight = dweight.to(weight.dtype) if needs_weight and dweight is not None else None
+        dbias = dbias.to(bias.dtype) if needs_bias and dbias is not None else None
+        return None, None, dweight, dbias, None, None, *dxs
 
 
 def _add_sums(each: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -333,15 +353,15 @@ def _of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Of shape (N, C, L). nn.BatchNorm's own reduction of this order takes six times as long on a CPU."""
     count = rows.shape[0] * rows.shape[2]
     pieces = -(-rows.shape[2] // _MAX_RUN)
+    whole = rows.shape[2] // pieces * pieces
     if pieces == 1:
         squares = torch.linalg.vector_norm(rows, dim=2).square_()
-        sums = torch.stack((rows.sum(2), squares)).sum(1, dtype=torch.float64)
     else:
-        whole = rows.shape[2] // pieces * pieces
         norms = torch.linalg.vector_norm(torch.unflatten(rows[:, :, :whole], 2, (pieces, -1)), dim=3)
-        rest = rows[:, :, whole:].to(torch.float64).square().sum((0, 2))
-        squares = norms.to(torch.float64).square_().sum((0, 2)) + rest
-        sums = torch.stack((rows.sum(2).sum(0, dtype=torch.float64), squares))
+        squares = norms.square_().sum(2, dtype=torch.float64)
+    sums = torch.stack((rows.sum(2), squares)).sum(1, dtype=torch.float64)
+    if whole < rows.shape[2]:
+        sums[1] += rows[:, :, whole:].to(torch.float64).square().sum((0, 2))
     mean, mean_sq = sums.div_(count).unbind()
     return mean, torch.addcmul(mean_sq, mean, mean, value=-1).clamp_min_(0)
 
@@ -349,15 +369,16 @@ def _of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _of_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
     """Of shape (values, C)."""
     count, channels = columns.shape
-    # Neighbouring values side by side, as if they were channels: fewer additions to each running sum.
     pieces = -(-count // _MAX_RUN)
     whole = count // pieces * pieces
+    # Neighbouring values side by side, as if they were channels: fewer additions to each running sum.
     means, variances = torch.batch_norm_update_stats(columns[:whole].view(-1, pieces * channels), None, None, 0.0)
     means, variances = means.to(torch.float64), variances.to(torch.float64)
     if pieces == 1:
         return means, variances
-    rest = columns[whole:].to(torch.float64)
-    total = means.view(pieces, channels).sum(0).mul_(whole // pieces).add_(rest.sum(0))
-    squares = variances.addcmul_(means, means).view(pieces, channels).sum(0).mul_(whole // pieces)
-    mean = total.div_(count)
-    return mean, squares.add_(rest.square().sum(0)).div_(count).addcmul_(mean, mean, value=-1).clamp_min_(0)
+    mean, mean_sq = torch.stack((means, variances.addcmul_(means, means))).view(2, pieces, channels).mean(1).unbind()
+    if whole < count:
+        rest = columns[whole:].to(torch.float64)
+        mean = (mean * whole + rest.sum(0)) / count
+        mean_sq = (mean_sq * whole + rest.square().sum(0)) / count
+    return mean, torch.addcmul(mean_sq, mean, mean, value=-1).clamp_min_(0)
