@@ -1,0 +1,95 @@
+"""What differs on a GPU: statistics that are never looked at in forward, memory orders, streams, offload."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from syncaccum import SyncAccumBatchNorm, commit, convert_sync_accum, lockstep
+from tests.unit.oracle import assert_same_statistics, reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none"),
+]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1e4])
+@pytest.mark.parametrize("order", [Tensor.contiguous, channels_last])
+def test_statistics_of_the_whole_batch(ratio: float, order) -> None:  # type: ignore[no-untyped-def]
+    layer = SyncAccumBatchNorm(5, momentum=1.0, device="cuda")
+    window = [order(torch.randn(n, 5, 9, 9, device="cuda") + ratio) for n in (4, 1, 3)]
+    for x in window:
+        layer(x)
+    commit(layer)
+    expected = reference([[x.cpu() for x in window]], 5, momentum=1.0)
+    assert_same_statistics(layer.cpu(), expected, rtol=1e-5, atol=1e-5)  # float32 sums, as on a CPU
+
+
+@pytest.mark.parametrize("policy", ["renorm", "batch", "running"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("order", [Tensor.contiguous, channels_last])
+def test_forward_and_backward_are_those_of_the_cpu(policy: str, dtype: torch.dtype, order) -> None:  # type: ignore[no-untyped-def]
+    here, there = (SyncAccumBatchNorm(5, normalization=policy) for _ in range(2))
+    there.cuda()
+    tolerance = 8 * torch.finfo(dtype).eps  # roundings of input, output and gradient
+    for _ in range(2):  # untrained, then trained
+        x = order(torch.randn(4, 5, 9, 9, dtype=dtype)).requires_grad_()
+        y = x.detach().cuda().requires_grad_()
+        outputs = here(x), there(y)
+        dy = torch.randn_like(x)
+        gradients = torch.autograd.grad(outputs[0], x, dy), torch.autograd.grad(outputs[1], y, dy.cuda())
+        torch.testing.assert_close(outputs[1].cpu(), outputs[0], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(gradients[1][0].cpu(), gradients[0][0], rtol=tolerance, atol=tolerance)
+        assert outputs[1].stride() == y.stride()
+        commit(here)
+        commit(there)
+
+
+def test_forward_does_not_wait_for_the_device() -> None:
+    layer = SyncAccumBatchNorm(5, device="cuda")
+    x = torch.randn(4, 5, 9, 9, device="cuda", requires_grad=True)
+    layer(x).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("offload", [None, "cpu"])
+def test_lockstep_equals_the_whole_batch(offload: str | None) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 3), nn.BatchNorm2d(4))
+    plain = plain.double().cuda()
+    model = convert_sync_accum(nn.Sequential(*plain))
+    expected = nn.Sequential(*[type(m)(*_arguments(m)).double().cuda() for m in plain])
+    expected.load_state_dict(model.state_dict())
+    parts = [torch.randn(n, 3, 9, 9, device="cuda", dtype=torch.float64) for n in (2, 1, 3)]
+    torch.stack([y.square().sum() for y in lockstep(model, model, parts, offload=offload)]).sum().backward()
+    expected(torch.cat(parts)).square().sum().backward()
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-11)
+
+
+def test_offload_keeps_one_micro_batch_of_activations_on_the_device() -> None:
+    model = convert_sync_accum(nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU())).cuda()
+    held = {}
+    for count in (2, 8):
+        parts = [torch.randn(8, 16, 64, 64, device="cuda") for _ in range(count)]
+        before = torch.cuda.memory_allocated()
+        losses = lockstep(model, lambda x: model(x).square().mean(), parts, offload="cpu")
+        torch.cuda.synchronize()
+        held[count] = torch.cuda.memory_allocated() - before
+        sum(losses).backward()
+    assert held[8] < 2 * held[2]
+
+
+def _arguments(module: nn.Module) -> tuple[int, ...]:
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels, module.out_channels, 3
+    return (module.num_features,) if isinstance(module, nn.BatchNorm2d) else ()
