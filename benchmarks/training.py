@@ -1,7 +1,7 @@
 """Does a network that accumulates train as it does with the large batch?
 
 The digits ResNet (17 BatchNorm2d) and perceptron (3 BatchNorm1d) of launch/, window 64, one process, by learning
-rate, seed and micro-batch size. "BatchNorm@64" takes the whole window at once: what accumulation should equal.
+rate, seed and micro-batch size; SGD with momentum 0.9. "BatchNorm@64" takes the whole window at once: what accumulation should equal.
 Losses are means over the last epoch.
 
     python -m benchmarks.training
@@ -61,7 +61,7 @@ def main() -> None:
     for case in track([*RESNET, *MLP], description="training"):
         records[case] = [train(case, seed) for seed in SEEDS]
     loss = {case: mean(r.train_loss for r in runs) for case, runs in records.items()}
-    accuracy = {case: min(r.test_accuracy for r in runs) for case, runs in records.items()}
+    accuracy = {case: mean(r.test_accuracy for r in runs) for case, runs in records.items()}
     diverged = {case: sum(math.isnan(r.train_loss) for r in runs) for case, runs in records.items()}
     figures = []
     for lr, target in ((0.1, 1.5), (0.4, None)):
@@ -78,8 +78,9 @@ def main() -> None:
     for case in MLP:
         name = "BatchNorm" if case[1] == "none" else case[1]
         target = 95.0 if case[1] == "renorm" else None
-        what = f"perceptron, lr 0.1: worst test accuracy of {name}@{case[2]}, %"
-        figures.append(Figure(what, 100 * accuracy[case], target, at_least=True))
+        what = f"perceptron, lr 0.1: test accuracy of {name}@{case[2]}, %"
+        seeds = "seeds " + ", ".join(f"{100 * r.test_accuracy:.1f}" for r in records[case])
+        figures.append(Figure(what, 100 * accuracy[case], target, at_least=True, note=seeds))
     details = [
         {
             "case": dict(zip(("model", "normalization", "micro_batch", "lr"), case, strict=True)),
