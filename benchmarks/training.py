@@ -1,7 +1,8 @@
 """Does a network that accumulates train as it does with the large batch?
 
 The digits ResNet (17 BatchNorm2d) and perceptron (3 BatchNorm1d) of launch/, window 64, one process, by learning
-rate, seed and micro-batch size; SGD with momentum 0.9. "BatchNorm@64" takes the whole window at once: what accumulation should equal.
+rate, seed and micro-batch size; SGD with momentum 0.9. "BatchNorm@64" takes the whole window at once: what accumulation
+should equal.
 Losses are means over the last epoch.
 
     python -m benchmarks.training

@@ -23,10 +23,12 @@ from syncaccum.batchnorm import SyncAccumBatchNorm
 from syncaccum.commit import named_layers
 from syncaccum.errors import LockstepError, TooFewValuesError
 from syncaccum.layout import verify_layout
+from syncaccum.measure import measure
+from syncaccum.memory_order import make_dense
 from syncaccum.moments import Moments
 from syncaccum.normalization import Normalizer
 from syncaccum.offload import HostStore
-from syncaccum.passes import ReduceSums, make_dense, measure, normalize_together
+from syncaccum.passes import ReduceSums, normalize_together
 from syncaccum.transport import Group, Transport, resolve_group, transport_over
 from syncaccum.turns import Turns
 

@@ -4,103 +4,23 @@ Whatever the policy, every forward is ``y = a x + b`` per channel and every back
 with the sums of dy and dy*x_hat: moments of x, affine of x, moments of dy, affine of dy and x. Policies differ in
 C-sized arithmetic only (`normalization`).
 
-The passes see data in one of two memory orders, chosen by `_is_columns`: *columns*, where the channel varies
+The passes see data in one of two memory orders, chosen by `is_columns`: *columns*, where the channel varies
 fastest (channels_last of any dimension, and (N, C)), or *rows*, where each (sample, channel) is contiguous.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from syncaccum.measure import Measured, channel_origin, measure, pack_sums
+from syncaccum.memory_order import as_columns, is_rows, make_dense, match_order, per_channel
 from syncaccum.normalization import Batch, Normalizer, Policy
 
-# A handful of positions is enough for `_channel_origin`: see there.
-_ORIGIN_POSITIONS = 16
-_ORIGIN_SAMPLES = 64
-
-# Most values that torch's reductions may add to a running float32 sum. They keep one per SIMD lane or channel,
-# whose rounding error grows with the number of additions (measured, relative error of a variance, rows and columns:
-# 4e-7 and 1e-6 at 4,096, 1e-6 and 6e-6 at 50,000, 3e-5 and 2e-4 at a million); longer runs are cut, and the pieces
-# added in float64.
-_MAX_RUN = 8192
-
-# Largest mean^2/variance at which float32 values are measured as they are: their sums carry the mean to 1e-7 of
-# itself, and plain sums of squares the variance to 1e-7 times this.
-_MAX_OFFSET = 4.0**2
-
-
 ReduceSums = Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
-
-
-class Measured(NamedTuple):
-    """A micro-batch about to be normalised.
-
-    ``values`` has the shape of the input and is float32 or wider: the input's values, less a constant per channel
-    where there is an ``origin``. ``mean`` and ``variance`` (population) are the input's; they and ``origin`` are
-    float64, ``(C,)``.
-    """
-
-    values: Tensor
-    origin: Tensor | None
-    n: int
-    mean: Tensor
-    variance: Tensor
-
-    def sums(self) -> Tensor:
-        """What to add to a window: packed moments."""
-        return pack_sums(self.n, self.mean, self.variance)
-
-
-def pack_sums(n: int, mean: Tensor, variance: Tensor) -> Tensor:
-    """Packed :class:`Moments` of n values per channel, from their float64 mean and population variance."""
-    return torch.cat((mean.new_ones(1), mean, torch.addcmul(variance, mean, mean))).mul_(n)
-
-
-def make_dense(x: Tensor) -> Tensor:
-    """x itself where a pass can walk it in memory order, else a contiguous copy (through autograd)."""
-    return x if x.is_contiguous() or _is_columns(x) else x.contiguous()
-
-
-def measure(x: Tensor) -> Measured:
-    """First pass: mean and variance of a dense micro-batch.
-
-    Raw float32 sums of squares lose everything once mean/std reaches 1e4 (1702 % error). Where a channel's mean
-    dwarfs its deviation, ``x - origin`` is measured in place of x, which float32 carries to 1e-7, and the shift is
-    undone in float64. On a GPU that is always done: to look first would make the forward wait for the device.
-    """
-    channels = x.shape[1]
-    count = x.numel() // channels
-    values = x.to(torch.promote_types(x.dtype, torch.float32))
-    if count == 0:
-        zeros = torch.zeros(channels, dtype=torch.float64, device=x.device)
-        return Measured(values, None, 0, zeros, zeros)
-    if not x.is_cuda:
-        mean, variance = _mean_and_variance(values)
-        if torch.addcmul(variance, mean, mean, value=-1 / _MAX_OFFSET).min().item() >= 0:
-            return Measured(values, None, count, mean, variance)
-    origin = _channel_origin(values)
-    shifted = values - _per_channel(origin, x)
-    origin = origin.to(torch.float64)
-    mean, variance = _mean_and_variance(shifted)
-    return Measured(shifted, origin, count, mean + origin, variance)
-
-
-def _channel_origin(values: Tensor) -> Tensor:
-    """A constant per channel, a few standard deviations from its mean at most.
-
-    The mean over central positions of some samples: any single value may be an outlier, and the borders of an
-    image may be padding. Its own rounding is of no matter, because exactly this value is subtracted.
-    """
-    sample = values[:: max(1, values.shape[0] // _ORIGIN_SAMPLES)]
-    if values.dim() == 2:
-        return sample.mean(0)
-    flat = sample.flatten(2) if _is_rows(values) else sample.movedim(1, -1).flatten(1, -2).movedim(-1, 1)
-    middle = max(0, (flat.shape[2] - _ORIGIN_POSITIONS) // 2)
-    return flat[:, :, middle : middle + _ORIGIN_POSITIONS].mean((0, 2))
 
 
 def apply_normalizer(
@@ -116,12 +36,12 @@ def apply_normalizer(
 
 def _apply_affine(x: Tensor, slope: Tensor, intercept: Tensor) -> Tensor:
     """A new tensor, x times slope plus intercept, per channel; all of one dtype."""
-    if _is_rows(x) or x.is_cuda:
+    if is_rows(x) or x.is_cuda:
         # nn.BatchNorm's eval forward: the one kernel that walks rows once. addcmul does not vectorise over two
         # broadcast rows and takes six times as long; in columns it is the faster one.
         zeros = torch.zeros_like(slope)
         return torch.native_batch_norm(x, slope, intercept, zeros, zeros + 1, False, 0.0, 0.0)[0]
-    return torch.addcmul(_per_channel(intercept, x), x, _per_channel(slope, x))
+    return torch.addcmul(per_channel(intercept, x), x, per_channel(slope, x))
 
 
 def _slope_and_intercept(to: Normalizer, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -145,8 +65,8 @@ def gradients_of_own_statistics(
     Where the statistics are this micro-batch's alone, torch has a kernel for both.
     """
     weight = None if weight is None else weight.to(to.center.dtype)
-    columns = not _is_rows(x)
-    dy_, x_ = (_columns(dy), _columns(x)) if columns else (dy, x)
+    columns = not is_rows(x)
+    dy_, x_ = (as_columns(dy), as_columns(x)) if columns else (dy, x)
     dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
         dy_, x_, weight, None, None, to.center, to.scale, True, 0.0, needed
     )
@@ -160,8 +80,8 @@ def gradient_sums(dy: Tensor, x: Tensor, to: Normalizer) -> tuple[Tensor, Tensor
     if x.numel() == 0:
         zeros = torch.zeros_like(to.center)
         return zeros, zeros
-    if not _is_rows(x):
-        dy, x = _columns(dy), _columns(x)
+    if not is_rows(x):
+        dy, x = as_columns(dy), as_columns(x)
     # The reduction that torch's own BatchNorm uses; it subtracts the center before it multiplies.
     _, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
         dy, x, None, None, None, to.center, to.scale, True, 0.0, [False, True, True]
@@ -173,7 +93,7 @@ def apply_gradient(dy: Tensor, x: Tensor, weight: Tensor | None, to: Normalizer,
     """Fourth pass: the gradient of x, in x's dtype and memory order."""
     wide = to.center.dtype
     slope = _slope(to, weight)
-    a = _per_channel(slope.to(wide), x)
+    a = per_channel(slope.to(wide), x)
     if to.feedback is None:
         return (dy * a).to(x.dtype)
     sum_dy, sum_dy_xhat = sums
@@ -251,7 +171,7 @@ class _Normalize(torch.autograd.Function):
         _, _, needs_weight, needs_bias, _, _, *needs_x = ctx.needs_input_grad
         if torch.is_grad_enabled():
             return _composed_gradients(ctx, *dys)  # type: ignore[no-untyped-call]
-        pairs = [(_match_order(dy, x), x) for dy, x in zip(dys, xs, strict=True)]
+        pairs = [(match_order(dy, x), x) for dy, x in zip(dys, xs, strict=True)]
         dweight: Tensor | None
         dbias: Tensor | None
         if isinstance(ctx.policy, Batch):
@@ -297,88 +217,14 @@ def _compose(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Poli
     n = x.numel() // x.shape[1]
     dims = [d for d in range(x.dim()) if d != 1]
     values = x.to(torch.promote_types(x.dtype, torch.float32))
-    origin = _channel_origin(values.detach())
-    shifted = values - _per_channel(origin, x)
+    origin = channel_origin(values.detach())
+    shifted = values - per_channel(origin, x)
     mean_of_shifted = shifted.mean(dims)
-    centered = shifted - _per_channel(mean_of_shifted, x)
+    centered = shifted - per_channel(mean_of_shifted, x)
     variance = centered.square().mean(dims).to(torch.float64)
     origin = origin.to(torch.float64)
     mean = origin + mean_of_shifted
     to = policy(n, mean, variance)
     slope, intercept = _slope_and_intercept(to._replace(center=to.center - origin), weight, bias)
-    y = shifted * _per_channel(slope.to(shifted.dtype), x) + _per_channel(intercept.to(shifted.dtype), x)
+    y = shifted * per_channel(slope.to(shifted.dtype), x) + per_channel(intercept.to(shifted.dtype), x)
     return y.to(x.dtype), pack_sums(n, mean.detach(), variance.detach())
-
-
-def _is_rows(x: Tensor) -> bool:
-    # A tensor can be both, when there is one channel or one position: short rows are slow, so ask for long ones.
-    return x.is_contiguous() and x.dim() > 2 and x.stride(1) > 1
-
-
-def _is_columns(x: Tensor) -> bool:
-    if x.dim() == 4:
-        return x.is_contiguous(memory_format=torch.channels_last)
-    return x.movedim(1, -1).is_contiguous()
-
-
-def _columns(x: Tensor) -> Tensor:
-    """(values, C) view of a dense tensor in columns order."""
-    channels = x.shape[1]
-    return x.as_strided((x.numel() // channels, channels), (channels, 1))
-
-
-def _match_order(dy: Tensor, x: Tensor) -> Tensor:
-    """dy in x's memory order; a copy where it is not (an expanded gradient, another memory format)."""
-    if dy.stride() == x.stride():
-        return dy
-    return dy.contiguous() if _is_rows(x) else dy.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
-    return vector.reshape(1, -1, *[1] * (like.dim() - 2))
-
-
-def _mean_and_variance(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population variance per channel of a dense float32 or float64 tensor; float64."""
-    channels = values.shape[1]
-    if values.is_cuda:
-        mean, variance = torch.batch_norm_update_stats(values, None, None, 0.0)
-        return mean.to(torch.float64), variance.to(torch.float64)
-    if _is_rows(values):
-        return _of_rows(values.view(values.shape[0], channels, -1))
-    return _of_columns(_columns(values))
-
-
-def _of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Of shape (N, C, L). nn.BatchNorm's own reduction of this order takes six times as long on a CPU."""
-    count = rows.shape[0] * rows.shape[2]
-    pieces = -(-rows.shape[2] // _MAX_RUN)
-    whole = rows.shape[2] // pieces * pieces
-    if pieces == 1:
-        squares = torch.linalg.vector_norm(rows, dim=2).square_()
-    else:
-        norms = torch.linalg.vector_norm(torch.unflatten(rows[:, :, :whole], 2, (pieces, -1)), dim=3)
-        squares = norms.square_().sum(2, dtype=torch.float64)
-    sums = torch.stack((rows.sum(2), squares)).sum(1, dtype=torch.float64)
-    if whole < rows.shape[2]:
-        sums[1] += rows[:, :, whole:].to(torch.float64).square().sum((0, 2))
-    mean, mean_sq = sums.div_(count).unbind()
-    return mean, torch.addcmul(mean_sq, mean, mean, value=-1).clamp_min_(0)
-
-
-def _of_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Of shape (values, C)."""
-    count, channels = columns.shape
-    pieces = -(-count // _MAX_RUN)
-    whole = count // pieces * pieces
-    # Neighbouring values side by side, as if they were channels: fewer additions to each running sum.
-    means, variances = torch.batch_norm_update_stats(columns[:whole].view(-1, pieces * channels), None, None, 0.0)
-    means, variances = means.to(torch.float64), variances.to(torch.float64)
-    if pieces == 1:
-        return means, variances
-    mean, mean_sq = torch.stack((means, variances.addcmul_(means, means))).view(2, pieces, channels).mean(1).unbind()
-    if whole < count:
-        rest = columns[whole:].to(torch.float64)
-        mean = (mean * whole + rest.sum(0)) / count
-        mean_sq = (mean_sq * whole + rest.square().sum(0)) / count
-    return mean, torch.addcmul(mean_sq, mean, mean, value=-1).clamp_min_(0)

@@ -1,0 +1,43 @@
+"""The two memory orders that passes over data tell apart, and how a per-channel vector meets them.
+
+*Columns*: the channel varies fastest (channels_last of any dimension, and (N, C)). *Rows*: each (sample, channel) is
+contiguous. A tensor that is neither is copied first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def make_dense(x: Tensor) -> Tensor:
+    """x itself where a pass can walk it in memory order, else a contiguous copy (through autograd)."""
+    return x if x.is_contiguous() or is_columns(x) else x.contiguous()
+
+
+def is_rows(x: Tensor) -> bool:
+    # A tensor can be both, when there is one channel or one position: short rows are slow, so ask for long ones.
+    return x.is_contiguous() and x.dim() > 2 and x.stride(1) > 1
+
+
+def is_columns(x: Tensor) -> bool:
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).is_contiguous()
+
+
+def as_columns(x: Tensor) -> Tensor:
+    """(values, C) view of a dense tensor in columns order."""
+    channels = x.shape[1]
+    return x.as_strided((x.numel() // channels, channels), (channels, 1))
+
+
+def match_order(dy: Tensor, x: Tensor) -> Tensor:
+    """dy in x's memory order; a copy where it is not (an expanded gradient, another memory format)."""
+    if dy.stride() == x.stride():
+        return dy
+    return dy.contiguous() if is_rows(x) else dy.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def per_channel(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.reshape(1, -1, *[1] * (like.dim() - 2))
