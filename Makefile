@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test check format bench equivalence clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -34,6 +34,9 @@ format: $(INSTALLED) ## format and mend what lint can mend
 
 bench: $(INSTALLED) ## run every benchmark; results go to benchmarks/results
 	PATH="$(CURDIR)/$(BIN):$$PATH" benchmarks/run_all.sh
+
+equivalence: $(INSTALLED) ## compare normalization policies with the large batch; ARGS=--quick takes a minute
+	$(BIN)/python -m launch.equivalence $(ARGS)
 
 clean: ## remove the virtual environment and what runs left behind
 	rm -rf $(VENV) runs

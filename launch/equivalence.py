@@ -1,0 +1,90 @@
+"""Does accumulation train the network that the large batch trains? One command compares all normalization policies.
+
+The same network, data, initial weights and order: BatchNorm on the whole window is the reference, every other case
+accumulates over micro-batches. Finished cases are kept in the output folder; a second start goes on behind them.
+
+    python -m launch.equivalence --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.equivalence_cases import (
+    POLICIES,
+    TASKS,
+    Case,
+    Limits,
+    add_references,
+    plan_full,
+    plan_quick,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = _build_parser()
+    options = parser.parse_args(argv)
+    _check(parser, options)
+    plan = (plan_quick if options.quick else plan_full)(list(dict.fromkeys(options.seeds)), options.dtype)
+    limits = Limits(options.tasks, options.policies, options.micro_batches, options.lrs, options.ranks, options.steps)
+    cases = add_references(limits.apply(plan))
+    if not cases:
+        parser.error("no training is left: the options that limit the plan exclude each other")
+    _run(cases, Path(options.output), options.publish and Path(options.publish))
+
+
+def _run(cases: Sequence[Case], output: Path, publish: Path | None) -> None:
+    # Late: torch takes seconds to import, and a mistyped option should not wait for it.
+    import torch
+
+    from launch.equivalence_report import report
+    from launch.equivalence_runner import run_cases
+
+    torch.set_num_threads(1)  # small images: a second thread only waits
+    report(run_cases(cases, output), [output] if publish is None else [output, publish])
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"--steps {options.steps}: give 1 or more")
+    for option in ("output", "publish"):
+        folder = getattr(options, option)
+        if folder and any(path.exists() and not path.is_dir() for path in (Path(folder), *Path(folder).parents)):
+            parser.error(f"--{option} {folder}: that is, or is below, a file; give a folder")
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.equivalence",
+        description="Compare normalization policies under gradient accumulation with BatchNorm on the whole window.",
+        allow_abbrev=False,
+    )
+    scale = parser.add_mutually_exclusive_group()
+    scale.add_argument("--quick", action="store_true", help="a small part of the plan, for a minute on one core")
+    scale.add_argument("--full", action="store_true", help="the whole plan, for a quarter of an hour (default)")
+    add = parser.add_argument
+    add("--output", default="runs/equivalence", help="folder for finished cases, JSON and plot (default: %(default)s)")
+    add("--publish", metavar="FOLDER", help="also write equivalence.json and equivalence.png there")
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1],
+        help="of weights and data order; parts of the plan use the first",
+    )
+    add("--dtype", choices=("float32", "float64"), default="float32", help="of all but the float64 part of the plan")
+    limits = parser.add_argument_group("limits", "run only this part of the plan, and the references it needs")
+    add = limits.add_argument
+    add("--tasks", nargs="+", choices=TASKS)
+    add("--policies", nargs="+", choices=POLICIES)
+    add("--micro-batches", nargs="+", type=int, metavar="SAMPLES")
+    add("--lrs", nargs="+", type=float, metavar="RATE")
+    add("--ranks", nargs="+", type=int, metavar="NUMBER")
+    add("--steps", type=int, help="at most so many optimizer steps in each case")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Finished cases: how each compares with its reference, and where it is kept for a run that goes on later."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from launch.equivalence_cases import REFERENCE, Case
+from launch.equivalence_training import Trace
+from launch.files import write_atomically
+
+
+@dataclass(frozen=True)
+class Result:
+    """``distances``: relative ones of all weights from the reference's, by number of optimizer steps."""
+
+    case: Case
+    outcome: str
+    losses: list[float]
+    score: float | None
+    seconds: float
+    distances: dict[int, float]
+
+    @property
+    def final_loss(self) -> float | None:
+        """Mean over the last ten steps: a single batch says little."""
+        last = self.losses[-10:]
+        return sum(last) / len(last) if self.outcome == "trained" else None
+
+    def to_json(self) -> str:
+        return json.dumps({**dataclasses.asdict(self), "final_loss": self.final_loss}, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Result:
+        content = json.loads(text)
+        del content["final_loss"]
+        content["case"] = Case(**content["case"])
+        content["distances"] = {int(step): value for step, value in content["distances"].items()}
+        return cls(**content)
+
+
+class Store:
+    """The output folder: one JSON file for each finished case, and the weights of references beside them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def load(self, case: Case) -> Result | None:
+        path = self._result_path(case)
+        return Result.from_json(path.read_text()) if path.exists() else None
+
+    def keep(self, case: Case, trace: Trace) -> Result:
+        """Compare with the reference, which was kept before, and write the case's files."""
+        is_reference = case == case.reference
+        if is_reference:
+            write_atomically(self._weights_path(case), lambda file: torch.save(trace.weights, file))
+        reference = torch.load(self._weights_path(case.reference))
+        distances = {s: _distance(weights, reference[s]) for s, weights in trace.weights.items() if s in reference}
+        # Weights may overflow a step before the loss shows it, and JSON has no infinity.
+        finite = {step: distance for step, distance in distances.items() if math.isfinite(distance)}
+        result = Result(case, trace.outcome, trace.losses, trace.score, trace.seconds, finite)
+        write_atomically(self._result_path(case), lambda file: file.write(result.to_json().encode()))
+        return result
+
+    def _result_path(self, case: Case) -> Path:
+        return self._folder / "cases" / f"{case.name}.json"
+
+    def _weights_path(self, case: Case) -> Path:
+        return self._folder / REFERENCE / f"{case.name}.pt"
+
+
+def _distance(weights: Tensor, reference: Tensor) -> float:
+    """Relative, in the 2-norm and in float64, where the difference of close float32 values is exact."""
+    exact = reference.double()
+    distance: float = (torch.linalg.vector_norm(weights.double() - exact) / torch.linalg.vector_norm(exact)).item()
+    return distance
