@@ -93,7 +93,7 @@ def plan_full(seeds: Sequence[int], dtype: str) -> list[Case]:
         *_grid("resnet", (*main, "groupnorm"), (4,), (0.4,), first, 100, dtype),
         *_grid("resnet", main, (4,), (0.1,), seeds[1:], 100, dtype),
         *_grid("denoise", (*main, "groupnorm", "renorm-prior0"), (1, 4), (0.03,), first, 60, dtype),
-        *_grid("resnet18", (*main, "groupnorm"), (8,), (0.1,), first, 12, dtype),
+        *_grid("resnet18", (*main, "groupnorm"), (8,), (0.01,), first, 12, dtype),
         *_grid("finetune", main, (1, 2, 4), (0.01,), first, 22, dtype),
         *_grid("mlp", main, (4,), (0.1,), first, 100, dtype, ranks=2),
         *_grid("resnet", main, (8,), (0.1,), first, 100, dtype, ranks=2),

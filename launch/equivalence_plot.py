@@ -58,9 +58,9 @@ def draw_plot(path: Path, results: Sequence[Result]) -> None:
 def _save(figure: Figure, file: IO[bytes]) -> None:
     """With a palette: a third of the bytes, for a file that a repository keeps."""
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    picture.quantize(_PALETTE, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba()))  # type: ignore[no-untyped-call]
+    picture.convert("RGB").quantize(_PALETTE, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
 
 
 def _draw_row(row: Sequence[Axes], results: Sequence[Result]) -> None:
