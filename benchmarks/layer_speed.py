@@ -59,8 +59,39 @@ class SeedLayer(nn.BatchNorm2d):
         return (x - mean) / (variance + self.eps).sqrt() * weight + bias
 
 
+class BarePasses(nn.Module):
+    """The floor of policy running: torch's kernels for the four passes on ready-made vectors, and nothing else.
+
+    No autograd, no window, no arithmetic per channel. Its "forward" does the forward's passes, `backward` the others.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.vectors = [torch.zeros(channels), torch.ones(channels)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        zeros, ones = self.vectors
+        if x.is_contiguous():
+            rows = x.flatten(2)
+            torch.linalg.vector_norm(rows, dim=2)
+            rows.sum(2)
+            return torch.native_batch_norm(x, ones, zeros, zeros, ones, False, 0.0, 0.0)[0]
+        torch.batch_norm_update_stats(x, None, None, 0.0)
+        return torch.addcmul(zeros.view(1, -1, 1, 1), x, ones.view(1, -1, 1, 1))
+
+    def backward(self, x: Tensor, dy: Tensor) -> Tensor:
+        zeros, ones = self.vectors
+        mask = [False, True, True]
+        torch.ops.aten.native_batch_norm_backward(dy, x, None, None, None, zeros, ones, True, 0.0, mask)
+        return dy * ones.view(1, -1, 1, 1)
+
+
 def make_layers(channels: int, x: Tensor) -> dict[str, nn.Module]:
-    layers: dict[str, nn.Module] = {"nn.BatchNorm2d": nn.BatchNorm2d(channels), "seed": SeedLayer(channels)}
+    layers: dict[str, nn.Module] = {
+        "nn.BatchNorm2d": nn.BatchNorm2d(channels),
+        "seed": SeedLayer(channels),
+        "bare passes": BarePasses(channels),
+    }
     for policy in ("running", "renorm", "batch"):
         layers[policy] = SyncAccumBatchNorm(channels, normalization=policy)
         layers[policy](x.detach())
@@ -73,9 +104,14 @@ def time_block(layer: nn.Module, x: Tensor, dy: Tensor) -> float:
     times = []
     for _ in range(BLOCK):
         start = time.perf_counter()
-        y = layer(x)
-        torch.autograd.grad(y, (x, *layer.parameters()), dy)
+        if isinstance(layer, BarePasses):
+            with torch.no_grad():
+                result: tuple[object, ...] = (layer(x), layer.backward(x, dy))
+        else:
+            y = layer(x)
+            result = y, torch.autograd.grad(y, (x, *layer.parameters()), dy)
         times.append(time.perf_counter() - start)
+        del result
     if isinstance(layer, SeedLayer):
         layer.reset()
     elif isinstance(layer, SyncAccumBatchNorm):
@@ -88,7 +124,10 @@ def measure(shape: tuple[int, ...], memory_format: torch.memory_format) -> dict[
     x = torch.randn(shape).to(memory_format=memory_format).requires_grad_()
     dy = torch.randn(shape).to(memory_format=memory_format)
     layers = make_layers(shape[1], x)
-    turns = {"nn.BatchNorm2d": ("nn.BatchNorm2d", "running", "renorm", "batch"), "seed": ("seed", "running")}
+    turns = {
+        "nn.BatchNorm2d": ("nn.BatchNorm2d", "running", "renorm", "batch", "bare passes"),
+        "seed": ("seed", "running"),
+    }
     times: dict[str, dict[str, list[float]]] = {peer: {name: [] for name in names} for peer, names in turns.items()}
     for peer, names in turns.items():
         for _ in range(ROUNDS):
@@ -125,6 +164,10 @@ def main() -> None:
                         note=details[where][policy],
                     )
                 )
+            floor = median_ratio(times, "bare passes", "nn.BatchNorm2d")
+            figures.append(
+                Figure(f"floor of running / nn.BatchNorm2d, {where}", floor, note=details[where]["bare passes"])
+            )
             figures.append(Figure(f"running / seed, {where}", median_ratio(times, "running", "seed"), 0.5))
     publish("layer_speed", figures, details)
 

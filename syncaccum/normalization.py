@@ -35,9 +35,9 @@ class Normalizer(NamedTuple):
     def cast(self, dtype: torch.dtype) -> Normalizer:
         """The same in another precision: that of the data, when it is put to work."""
         center, scale = self.center.to(dtype), self.scale.to(dtype)
-        if self.gain is None or self.offset is None:
-            return Normalizer(center, scale, None, None, self.feedback)
-        return Normalizer(center, scale, self.gain.to(dtype), self.offset.to(dtype), self.feedback)
+        gain = None if self.gain is None else self.gain.to(dtype)
+        offset = None if self.offset is None else self.offset.to(dtype)
+        return Normalizer(center, scale, gain, offset, self.feedback)
 
 
 class Batch(NamedTuple):

@@ -26,30 +26,37 @@ ReduceSums = Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
 def apply_normalizer(
     x: Tensor, measured: Measured, weight: Tensor | None, bias: Tensor | None, to: Normalizer
 ) -> Tensor:
-    """Second pass: the output, in x's dtype and memory order."""
-    wide = measured.values.dtype
-    if measured.origin is not None:
-        to = to._replace(center=to.center - measured.origin)
-    slope, intercept = _slope_and_intercept(to.cast(wide), weight, bias)
-    return _apply_affine(measured.values, slope.to(wide), intercept.to(wide)).to(x.dtype)
+    """Second pass: the output, in x's dtype and memory order. ``to`` is in the precision of the values."""
+    return _apply_affine(measured.values, to.center, _slope(to, weight), _shift(to, weight, bias)).to(x.dtype)
 
 
-def _apply_affine(x: Tensor, slope: Tensor, intercept: Tensor) -> Tensor:
-    """A new tensor, x times slope plus intercept, per channel; all of one dtype."""
+def _cast_for(measured: Measured, to: Normalizer, cast: Normalizer) -> Normalizer:
+    """``cast``, which is ``to`` in the precision of the values, for values that may be shifted."""
+    if measured.origin is None:
+        return cast
+    return cast._replace(center=(to.center - measured.origin).to(measured.values.dtype))
+
+
+def _apply_affine(x: Tensor, center: Tensor, slope: Tensor, shift: Tensor | None) -> Tensor:
+    """A new tensor, (x - center) slope + shift, per channel."""
     if is_rows(x) or x.is_cuda:
         # nn.BatchNorm's eval forward: the one kernel that walks rows once. addcmul does not vectorise over two
         # broadcast rows and takes six times as long; in columns it is the faster one.
-        zeros = torch.zeros_like(slope)
-        return torch.native_batch_norm(x, slope, intercept, zeros, zeros + 1, False, 0.0, 0.0)[0]
-    return torch.addcmul(per_channel(intercept, x), x, per_channel(slope, x))
+        shift = None if shift is None else shift.to(x.dtype)
+        return torch.native_batch_norm(x, slope.to(x.dtype), shift, center, torch.ones_like(center), False, 0.0, 0.0)[0]
+    intercept = _intercept(center, slope, shift).to(x.dtype)
+    return torch.addcmul(per_channel(intercept, x), x, per_channel(slope.to(x.dtype), x))
 
 
-def _slope_and_intercept(to: Normalizer, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    slope = _slope(to, weight)
-    shift = to.offset if to.offset is None or weight is None else to.offset * weight
-    if bias is not None:
-        shift = bias if shift is None else shift + bias
-    return slope, -to.center * slope if shift is None else torch.addcmul(shift, to.center, slope, value=-1)
+def _intercept(center: Tensor, slope: Tensor, shift: Tensor | None) -> Tensor:
+    return -center * slope if shift is None else torch.addcmul(shift, center, slope, value=-1)
+
+
+def _shift(to: Normalizer, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    if to.offset is None:
+        return bias
+    shift = to.offset if weight is None else to.offset * weight
+    return shift if bias is None else shift + bias
 
 
 def _slope(to: Normalizer, weight: Tensor | None) -> Tensor:
@@ -99,8 +106,7 @@ def apply_gradient(dy: Tensor, x: Tensor, weight: Tensor | None, to: Normalizer,
     sum_dy, sum_dy_xhat = sums
     pull = slope * -to.feedback
     b = pull * to.scale * sum_dy_xhat
-    c = torch.addcmul(pull * sum_dy, b, to.center, value=-1)
-    return _apply_affine(x.to(wide), b.to(wide), c.to(wide)).addcmul_(dy, a).to(x.dtype)
+    return _apply_affine(x.to(wide), to.center, b, pull * sum_dy).addcmul_(dy, a).to(x.dtype)
 
 
 def parameter_gradients(to: Normalizer, sums: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -162,8 +168,10 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, to, measured, weight, bias, reduce_sums, policy, *xs):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(weight, bias, *xs)
-        ctx.to, ctx.reduce_sums, ctx.policy = to.cast(measured[0].values.dtype), reduce_sums, policy
-        return tuple(apply_normalizer(x, m, weight, bias, to) for x, m in zip(xs, measured, strict=True))
+        cast = to.cast(measured[0].values.dtype)
+        ctx.to, ctx.reduce_sums, ctx.policy = cast, reduce_sums, policy
+        pairs = zip(xs, measured, strict=True)
+        return tuple(apply_normalizer(x, m, weight, bias, _cast_for(m, to, cast)) for x, m in pairs)
 
     @staticmethod
     def backward(ctx, *dys):  # type: ignore[no-untyped-def]
@@ -225,6 +233,7 @@ def _compose(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Poli
     origin = origin.to(torch.float64)
     mean = origin + mean_of_shifted
     to = policy(n, mean, variance)
-    slope, intercept = _slope_and_intercept(to._replace(center=to.center - origin), weight, bias)
+    slope = _slope(to, weight)
+    intercept = _intercept(to.center - origin, slope, _shift(to, weight, bias))
     y = shifted * per_channel(slope.to(shifted.dtype), x) + per_channel(intercept.to(shifted.dtype), x)
     return y.to(x.dtype), pack_sums(n, mean.detach(), variance.detach())
