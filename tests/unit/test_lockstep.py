@@ -174,6 +174,38 @@ def test_one_hundred_steps_stay_with_the_large_batch() -> None:
         torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-10)  # the target
 
 
+def test_grad_scaler_and_several_parameter_groups() -> None:
+    models = pair(dtype=torch.float64)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**10) for _ in models]
+    optimizers = [
+        torch.optim.SGD([{"params": m.head.parameters(), "lr": 0.1}, {"params": m.left.parameters()}], lr=0.01)
+        for m in models
+    ]
+    for _ in range(3):
+        parts = images(2, 3)
+        loss = sum(o.square().mean() * len(o) / 5 for o in lockstep(models[0], models[0], parts))
+        expected = models[1](torch.cat(parts)).square().mean()
+        for objective, model, scaler, optimizer in zip((loss, expected), models, scalers, optimizers, strict=True):
+            model.zero_grad()
+            scaler.scale(objective).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        commit(models[0])
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def test_autocast_computes_in_its_dtype_and_normalises_together() -> None:
+    model, reference = pair(dtype=torch.float32)
+    parts = images(2, 3, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = torch.cat(lockstep(model.left, model.left, parts))
+        expected = reference.left(torch.cat(parts))
+    assert outputs.dtype == expected.dtype == torch.bfloat16
+    # bfloat16 has 8 bits: one rounding of values of up to 4, and one of the convolution's.
+    torch.testing.assert_close(outputs, expected, rtol=2**-7, atol=2**-5)
+
+
 def test_compiled_models_run_as_written() -> None:
     model, reference = pair()
     compiled = torch.compile(model, backend="eager")
