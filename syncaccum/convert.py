@@ -125,9 +125,7 @@ class AccumulateBatchNorm(SyncAccumBatchNorm):
         layer: Any = bn_class(num_features, **bn_kwargs)
         if _is_uninitialized(layer) or not _is_convertible(bn_class):
             raise ValueError(f"{bn_class.__name__} cannot accumulate: it is lazy, or normalises without F.batch_norm")
-        group = getattr(layer, "process_group", None)
-        layer.__class__ = _make_class(cls, bn_class)
-        layer._adopt(group, "running")
+        _convert_layer(layer, None, "running", cls)
         return cast(AccumulateBatchNorm, layer)
 
     def __init__(self, bn_class: type[_BatchNorm], num_features: int, **bn_kwargs: Any) -> None:
@@ -153,12 +151,14 @@ def _is_convertible(source: type[_BatchNorm]) -> bool:
     return "batch_norm" in names or {"forward", "__class__"} <= names  # the latter is super().forward
 
 
-def _convert_layer(layer: Any, process_group: Group, normalization: str) -> None:
+def _convert_layer(
+    layer: Any, process_group: Group, normalization: str, base: type[SyncAccumBatchNorm] = SyncAccumBatchNorm
+) -> None:
     source = type(layer)
     if isinstance(layer, nn.SyncBatchNorm):
         process_group = layer.process_group if process_group is None else process_group
         del layer.process_group
-    layer.__class__ = _make_class(SyncAccumBatchNorm, source)
+    layer.__class__ = _make_class(base, source)
     layer._adopt(process_group, normalization)
 
 

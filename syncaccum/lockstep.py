@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +24,7 @@ from syncaccum.commit import named_layers
 from syncaccum.errors import LockstepError, TooFewValuesError
 from syncaccum.layout import verify_layout
 from syncaccum.measure import measure
-from syncaccum.memory_order import make_dense
+from syncaccum.memory_order import make_dense, per_channel
 from syncaccum.moments import Moments
 from syncaccum.normalization import Normalizer
 from syncaccum.offload import HostStore
@@ -87,7 +87,8 @@ def lockstep(
         raise LockstepError("lockstep inside lockstep: call it once, with all micro-batches of the window")
     if offload not in (None, "cpu"):
         raise ValueError(f"offload must be None or 'cpu', got {offload!r}")
-    window = _Window(model, len(batches))
+    wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    window = _Window(model, wrappers, len(batches))
     turns = Turns(len(batches), window.check_finish)
     results: list[Any] = [None] * len(batches)
 
@@ -98,7 +99,7 @@ def lockstep(
         finally:
             meeting.take_part(None)
 
-    with _eager(), _one_forward_of_ddp(model, turns), HostStore().hooks() if offload else nullcontext():
+    with _eager(), _one_forward_of_ddp(wrappers, turns), HostStore().hooks() if offload else nullcontext():
         turns.run(run)
     window.keep_statistics()
     return results
@@ -134,11 +135,11 @@ class _Arrival:
 class _Window:
     """The micro-batches of this rank, and what they share at each layer."""
 
-    def __init__(self, model: nn.Module, size: int) -> None:
+    def __init__(self, model: nn.Module, wrappers: Sequence[DistributedDataParallel], size: int) -> None:
         self._layers = named_layers(model)
         self._names = {layer: name for name, layer in self._layers}
         self._numbers = {layer: number for number, (_, layer) in enumerate(self._layers)}
-        self._wrappers = _ddp_wrappers(model)
+        self._wrappers = wrappers
         self._size = size
         self._arrivals: list[_Arrival] = []
         self._anyone_finished = False
@@ -191,10 +192,9 @@ class _Window:
             # Past the property of layers that route their own forward: it says no while they do.
             if first.layer.training and first.layer.__dict__["track_running_stats"]:
                 self._statistics.append((first.layer, mine))
-            n = everyones.count.clamp_min(1)
-            mean = everyones.total / n
-            variance = torch.addcmul(everyones.total_sq / n, mean, mean, value=-1).clamp_min_(0)
-            to = Normalizer(mean, torch.rsqrt(variance + first.eps), None, None, 1 / n)
+            to = Normalizer(
+                everyones.mean, torch.rsqrt(everyones.variance + first.eps), None, None, 1 / everyones.count
+            )
         xs = [a.x for a in arrivals]
         if all(a.weight is first.weight and a.bias is first.bias for a in arrivals):
             return normalize_together(xs, measured, first.weight, first.bias, to, exchange.sums_of(visit))
@@ -232,7 +232,7 @@ class _Exchange:
         # Asking the device costs a wait, and a rank that has two values itself need not.
         if count < 2 and everyones.count == 1:
             raise TooFewValuesError(f"one value per channel in the whole global batch has no variance, in {visit[1]}")
-        return everyones
+        return replace(everyones, count=everyones.count.clamp_min(1))  # no value at all: nothing is divided
 
     def sums_of(self, visit: Visit) -> ReduceSums | None:
         """What a layer's backward sums with; None where this process is alone."""
@@ -264,11 +264,10 @@ class _Exchange:
 
 def _apply_parameters(y: Tensor, arrival: _Arrival) -> Tensor:
     """weight and bias of one micro-batch's own, which a subclass may have computed for it."""
-    shape = (1, -1, *[1] * (y.dim() - 2))
     if arrival.weight is not None:
-        y = y * arrival.weight.reshape(shape)
+        y = y * per_channel(arrival.weight, y)
     if arrival.bias is not None:
-        y = y + arrival.bias.reshape(shape)
+        y = y + per_channel(arrival.bias, y)
     return y.to(arrival.x.dtype)
 
 
@@ -286,17 +285,12 @@ def _refuse_surroundings(name: str, wrappers: Sequence[DistributedDataParallel])
             raise LockstepError("the forward calls a DistributedDataParallel: pass that as lockstep's model")
 
 
-def _ddp_wrappers(model: nn.Module) -> list[DistributedDataParallel]:
-    return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-
-
 @contextmanager
-def _one_forward_of_ddp(model: nn.Module, turns: Turns) -> Iterator[None]:
+def _one_forward_of_ddp(wrappers: Sequence[DistributedDataParallel], turns: Turns) -> Iterator[None]:
     """Let DDP take the K forwards for one: it broadcasts buffers in the first, and gets its reducer ready in the last.
 
     Otherwise each forward would do both, and ranks with different numbers of micro-batches would wait forever.
     """
-    wrappers = _ddp_wrappers(model)
     before = [(ddp.require_forward_param_sync, ddp.require_backward_grad_sync) for ddp in wrappers]
 
     def set_flags(index: int) -> None:

@@ -4,8 +4,7 @@ Whatever the policy, every forward is ``y = a x + b`` per channel and every back
 with the sums of dy and dy*x_hat: moments of x, affine of x, moments of dy, affine of dy and x. Policies differ in
 C-sized arithmetic only (`normalization`).
 
-The passes see data in one of two memory orders, chosen by `is_columns`: *columns*, where the channel varies
-fastest (channels_last of any dimension, and (N, C)), or *rows*, where each (sample, channel) is contiguous.
+The first pass is in `measure`; the two memory orders in which data is seen are in `memory_order`.
 """
 
 from __future__ import annotations

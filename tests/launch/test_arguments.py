@@ -10,8 +10,6 @@ from launch.arguments import Arguments, check_arguments, parse_arguments
 from launch.placement import Placement
 from tests.launch import jobs
 
-pytestmark = pytest.mark.xdist_group("launch")
-
 
 def get_error(capsys: pytest.CaptureFixture[str], *argv: str, ranks: int = 2) -> str:
     with pytest.raises(SystemExit) as stopped:

@@ -14,8 +14,6 @@ from launch.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from launch.files import write_atomically
 from launch.progress import EpochRecord, Progress, Sums
 
-pytestmark = pytest.mark.xdist_group("launch")
-
 
 def make_state(arguments: Arguments, progress: Progress | None = None) -> dict[str, Any]:
     return {

@@ -26,8 +26,6 @@ from launch.models import build_model
 from launch.placement import Placement
 from syncaccum import SyncAccumBatchNorm
 
-pytestmark = pytest.mark.xdist_group("launch")
-
 TINY = [
     "--quick",
     *("--tasks", "mlp"),

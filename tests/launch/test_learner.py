@@ -14,8 +14,6 @@ from launch.placement import Placement
 from launch.progress import Sums
 from tests.ranks import Rank, on_ranks, run_on_ranks
 
-pytestmark = pytest.mark.xdist_group("launch")
-
 State = dict[str, torch.Tensor]
 
 

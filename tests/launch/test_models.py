@@ -10,8 +10,6 @@ from launch.digits import load_split
 from launch.models import build_model
 from launch.schedule import TEST_IMAGES, TRAIN_IMAGES
 
-pytestmark = pytest.mark.xdist_group("launch")
-
 
 @pytest.mark.parametrize(("name", "kind", "layers"), [("resnet", nn.BatchNorm2d, 17), ("mlp", nn.BatchNorm1d, 3)])
 def test_batchnorm_layers(name: str, kind: type[nn.Module], layers: int) -> None:

@@ -8,8 +8,6 @@ import pytest
 
 from launch.schedule import global_batches, micro_batches, rank_share, smallest_micro_batch
 
-pytestmark = pytest.mark.xdist_group("launch")
-
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 16])
 @pytest.mark.parametrize("micro_batch", [1, 3, 4, 100])

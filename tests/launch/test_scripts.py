@@ -8,8 +8,6 @@ import pytest
 
 from tests.launch import jobs
 
-pytestmark = pytest.mark.xdist_group("launch")
-
 
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
 def test_two_nodes_meet(rendezvous: str) -> None:

@@ -16,8 +16,6 @@ from launch.checkpoint import checkpoint_path, load_checkpoint
 from launch.train import main
 from tests.launch import jobs
 
-pytestmark = pytest.mark.xdist_group("launch")
-
 # Two epochs of eight steps, and a checkpoint after each of them.
 SHORT = Arguments(window=16, train_images=120, epochs=2, checkpoint_every=1)
 
