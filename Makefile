@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench equivalence clean
+.PHONY: help demo test faults test-multinode check format bench equivalence clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -15,13 +15,31 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(MAKE) --no-print-directory $(VENV)/mpich
 	touch $@
+
+# A second MPI library, to test with both. It would overwrite the first one's mpirun, so it gets an environment of its
+# own, which finds everything else in the main one.
+.PHONY: $(VENV)/mpich
+$(VENV)/mpich:
+	$(PYTHON) -m venv --without-pip $@
+	$(BIN)/python -m pip --python $@/bin/python install --quiet --constraint constraints.txt mpi4py mpich
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($@/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main_environment.pth"
 
 demo: $(INSTALLED) ## train a ResNet on digits over two gloo ranks with gradient accumulation
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/torchrun_local.sh 2 launch/train.py $(ARGS)
 
 test: $(INSTALLED) ## run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+test-multinode: $(INSTALLED) ## run the tests that span nodes, in clusters of containers; docker/engine.sh gets an engine
+	docker/run.sh $(ARGS)
+	$(if $(ARGS),,docker/replace_node.sh)
+
+faults: $(INSTALLED) ## kill, stop and cut off ranks on nodes made of network namespaces; 1,000 commits under kills
+	PYTHON=$(BIN)/python tests/faults/run.sh $(or $(ARGS),--faults-json benchmarks/results/faults.json)
+	$(BIN)/python -m benchmarks.kill_schedule
 
 check: $(INSTALLED) ## formatting, lint and strict types
 	$(BIN)/ruff format --check .

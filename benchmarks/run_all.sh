@@ -2,6 +2,6 @@
 # Run every benchmark, one after the other: two at once would time each other.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-for question in precision memory layer_speed commit_speed lockstep_speed training; do
+for question in precision memory layer_speed commit_speed commit_scaling lockstep_speed training; do
   python -m "benchmarks.$question"
 done

@@ -15,9 +15,11 @@ from launch.schedule import TRAIN_IMAGES, smallest_micro_batch
 NORMALIZATIONS = ("renorm", "batch", "running", "none")
 MODELS = ("resnet", "mlp")
 DTYPES = ("float32", "float64")
+RESUMES = ("no", "yes", "auto")
+TRANSPORTS = ("torch", "mpi")
 
 # Options that may differ between a run and its continuation: they do not change what a step computes.
-_FREE_ON_RESUME = ("epochs", "output", "resume", "checkpoint_every")
+_FREE_ON_RESUME = ("transport", "timeout", "epochs", "output", "resume", "checkpoint_every", "keep_checkpoints")
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,13 @@ class Arguments:
     epochs: int = 6
     seed: int = 0
     dtype: str = "float32"
+    transport: str = "torch"
+    timeout: float = 1800.0
     train_images: int = TRAIN_IMAGES
     output: str = "runs/demo"
-    resume: bool = False
+    resume: str = "no"
     checkpoint_every: int = 0
+    keep_checkpoints: int = 3
 
     def contradictions(self, saved: dict[str, Any]) -> list[str]:
         """Options whose values differ from a checkpoint's and would change what its run computes."""
@@ -56,6 +61,8 @@ def parse_arguments(argv: Sequence[str] | None, placement: Placement) -> Argumen
     parser = _build_parser(placement)
     arguments = Arguments(**vars(parser.parse_args(argv)))
     try:
+        if arguments.transport == "mpi" and not placement.mpi:
+            raise _invalid(arguments, "transport", "no MPI started this process; use launch/mpirun.sh, or torch")
         check_arguments(arguments, placement.size)
     except InvalidArgumentError as error:
         parser.error(str(error))
@@ -71,7 +78,7 @@ def check_arguments(arguments: Arguments, ranks: int) -> None:
 
 
 def _check_ranges(arguments: Arguments) -> None:
-    for name in ("micro_batch", "window", "epochs", "train_images"):
+    for name in ("micro_batch", "window", "epochs", "train_images", "keep_checkpoints"):
         if getattr(arguments, name) < 1:
             raise _invalid(arguments, name, "give 1 or more")
     if arguments.train_images > TRAIN_IMAGES:
@@ -81,6 +88,8 @@ def _check_ranges(arguments: Arguments) -> None:
     # Written so that NaN fails.
     if not 0 < arguments.lr < float("inf"):
         raise _invalid(arguments, "lr", "give a finite number above 0")
+    if not 0 < arguments.timeout < float("inf"):
+        raise _invalid(arguments, "timeout", "give a finite number of seconds above 0")
     if not 0 <= arguments.momentum < 1:
         raise _invalid(arguments, "momentum", "give a number in [0, 1)")
 
@@ -159,13 +168,34 @@ def _build_parser(placement: Placement) -> argparse.ArgumentParser:
     add("--epochs", type=int, default=default.epochs, help="passes over the training images")
     add("--seed", type=int, default=default.seed, help="of initial weights and of the order of the data")
     add("--dtype", choices=DTYPES, default=default.dtype, help="of parameters and activations")
+    add(
+        "--transport",
+        choices=TRANSPORTS,
+        default=default.transport,
+        help="what commits are reduced with: torch's process group, or MPI under mpirun",
+    )
+    add(
+        "--timeout",
+        type=float,
+        default=default.timeout,
+        help="seconds that ranks wait for a peer that is stuck or cut off; a dead one is noticed at once",
+    )
     add("--train-images", type=int, default=default.train_images, help="train on the first so many images")
     add("--output", default=default.output, help="folder for checkpoint, TensorBoard, metrics and plot")
-    add("--resume", action="store_true", help="go on from the checkpoint in the output folder")
+    add(
+        "--resume",
+        nargs="?",
+        choices=RESUMES,
+        const="yes",
+        default=default.resume,
+        help="go on from the newest whole checkpoint in the output folder; auto: start where there is none, as a "
+        "launcher that restarts the job needs it",
+    )
     add(
         "--checkpoint-every",
         type=int,
         default=default.checkpoint_every,
         help="optimizer steps between checkpoints; 0: at the end of each epoch, which always gets one",
     )
+    add("--keep-checkpoints", type=int, default=default.keep_checkpoints, help="how many, the newest ones")
     return parser

@@ -20,6 +20,7 @@ from launch.processes import from_every_rank, sum_over_ranks
 from launch.progress import Sums
 from launch.schedule import global_batches, micro_batches, rank_share
 from syncaccum import NonFiniteStatisticsError, commit_on_step, convert_sync_accum
+from syncaccum.integrations import mpi
 
 
 class DivergedError(RuntimeError):
@@ -39,7 +40,8 @@ class Learner:
         self._model = build_model(arguments.model).to(device, getattr(torch, arguments.dtype))
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=arguments.lr, momentum=arguments.momentum)
         if arguments.normalization != "none":
-            convert_sync_accum(self._model, normalization=arguments.normalization)
+            group = mpi.world() if arguments.transport == "mpi" else None
+            convert_sync_accum(self._model, group, arguments.normalization)
             commit_on_step(self._model, self._optimizer)
         self._parallel: nn.Module = self._model
         if placement.launched:

@@ -6,12 +6,14 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from launch.placement import Placement
+from syncaccum.integrations import mpi
 
 
 def choose_device(placement: Placement) -> torch.device:
@@ -28,14 +30,18 @@ def limit_threads(placement: Placement) -> None:
 
 
 @contextmanager
-def process_group(placement: Placement, device: torch.device) -> Iterator[None]:
+def process_group(placement: Placement, device: torch.device, timeout: float) -> Iterator[None]:
     """Join the other ranks, over NCCL for GPUs and gloo for CPUs; nothing where no launcher started us."""
     if not placement.launched:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if placement.mpi:
+        mpi.init_process_group(backend=backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
         yield
     finally:

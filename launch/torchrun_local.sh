@@ -34,5 +34,9 @@ if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
   export OMP_NUM_THREADS=$((cores > ranks ? cores / ranks : 1))
 fi
 
+# Restarted ranks (PET_MAX_RESTARTS, with train.py --resume=auto) would find the addresses of those before them in the
+# store that torchrun shares with its ranks, and often never meet (pytorch#135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 # --local-addr: the machine's own name need not resolve.
 exec torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node "$ranks" "$@"

@@ -110,4 +110,8 @@ if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
   export OMP_NUM_THREADS=$((cores > ranks_per_node ? cores / ranks_per_node : 1))
 fi
 
+# Restarted ranks (PET_MAX_RESTARTS, with train.py --resume=auto) would find the addresses of those before them in the
+# store that torchrun shares with its ranks, and often never meet (pytorch#135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 exec torchrun "${options[@]}" "$@"

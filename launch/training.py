@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from launch.arguments import Arguments
-from launch.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, save_checkpoint
+from launch.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from launch.learner import DivergedError, Learner
 from launch.placement import Placement
 from launch.processes import choose_device, from_rank_zero, limit_threads, process_group
@@ -22,7 +23,7 @@ def run(arguments: Arguments, placement: Placement) -> Progress:
     saved = _read_checkpoint(arguments, placement)
     limit_threads(placement)
     device = choose_device(placement)
-    with process_group(placement, device):
+    with process_group(placement, device, arguments.timeout):
         # Nodes need not share a disk: rank 0 alone reads and writes.
         saved = from_rank_zero(saved, placement)
         return _train(arguments, placement, device, saved)
@@ -42,10 +43,10 @@ def _train(arguments: Arguments, placement: Placement, device: torch.device, sav
 
 
 def _read_checkpoint(arguments: Arguments, placement: Placement) -> dict[str, Any] | None:
-    if not arguments.resume or placement.rank != 0:
+    if arguments.resume == "no" or placement.rank != 0:
         return None
     try:
-        return load_checkpoint(checkpoint_path(arguments), arguments)
+        return load_checkpoint(Path(arguments.output), arguments)
     except CheckpointError as error:
         placement.stop(f"train.py: error: {error}", 2)
 
@@ -98,4 +99,4 @@ class _Run:
         }
         self.reporter.on_checkpoint()
         if self.placement.rank == 0:
-            save_checkpoint(checkpoint_path(self.arguments), state)
+            save_checkpoint(Path(self.arguments.output), state, self.arguments.keep_checkpoints)

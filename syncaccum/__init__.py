@@ -11,10 +11,11 @@ from syncaccum.errors import (
     NonFiniteStatisticsError,
     TooFewValuesError,
 )
+from syncaccum.join import join
 from syncaccum.lockstep import lockstep
 from syncaccum.moments import Moments
 from syncaccum.step_hook import commit_on_step
-from syncaccum.window import discard, load_window_state_dict, window_state_dict
+from syncaccum.window import discard, gather_window_state_dict, load_window_state_dict, window_state_dict
 
 __all__ = [
     "AccumulateBatchNorm",
@@ -31,6 +32,8 @@ __all__ = [
     "commit_on_step",
     "convert_sync_accum",
     "discard",
+    "gather_window_state_dict",
+    "join",
     "load_window_state_dict",
     "lockstep",
     "revert_sync_accum",

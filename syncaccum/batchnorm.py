@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncaccum import meeting
+from syncaccum import meeting, uneven
 from syncaccum.moments import Moments
 from syncaccum.normalization import POLICIES, Batch, Policy, Renorm, Running
 from syncaccum.passes import normalize
@@ -42,8 +42,9 @@ class SyncAccumBatchNorm(_BatchNorm):
     Args:
         num_features: C, the size of dimension 1 of the input.
         eps, momentum, affine, track_running_stats: as in :class:`torch.nn.BatchNorm2d`; momentum in [0, 1].
-        process_group: the ranks that make up the global batch; a ProcessGroup, or None for the default group if
-            one is initialised at commit time, else this process alone.
+        process_group: the ranks that make up the global batch: a ProcessGroup; an mpi4py communicator, whose
+            reductions are in host memory, and which nobody else should use at the same time (``comm.Dup()``); or
+            None for the default group if one is initialised at commit time, else this process alone.
         normalization: what a training forward normalises with; see :mod:`syncaccum.normalization`.
 
             - ``"renorm"``: the committed statistics, approached from the micro-batch's own; the gradient flows
@@ -157,6 +158,8 @@ class SyncAccumBatchNorm(_BatchNorm):
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
         compiling = torch.compiler.is_compiling()
+        if not compiling:
+            uneven.refuse_ddps_own_join()
         participant = None if compiling else meeting.current()
         if participant is not None:
             return participant.normalize(self, input, weight, bias, eps)

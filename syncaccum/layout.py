@@ -16,7 +16,7 @@ from torch import Tensor
 
 from syncaccum.batchnorm import SyncAccumBatchNorm
 from syncaccum.errors import LayoutMismatchError
-from syncaccum.transport import Group, Transport
+from syncaccum.transport import Group, Transport, gather_objects, resolve_group
 
 NamedLayer = tuple[str, SyncAccumBatchNorm]
 Indices = tuple[Tensor, Tensor, Tensor]
@@ -41,8 +41,9 @@ class Layout:
     widths: tuple[int, ...]
 
     @classmethod
-    def describe(cls, key: tuple[tuple[Any, ...], ...]) -> Layout:
-        digest = int.from_bytes(hashlib.sha256(repr(key).encode()).digest(), "little")
+    def describe(cls, key: tuple[tuple[Any, ...], ...], *also: Any) -> Layout:
+        """The layout of these layers; its fingerprint covers whatever else is given."""
+        digest = int.from_bytes(hashlib.sha256(repr((key, *also)).encode()).digest(), "little")
         pieces = tuple((digest >> _PIECE_BITS * i) % (1 << _PIECE_BITS) for i in range(_PIECES))
         return cls(key, pieces, tuple(width for _, width, *_ in key))
 
@@ -101,28 +102,33 @@ def verify_layout(group: Group, transport: Transport, members: Sequence[NamedLay
 
     gloo aborts the process or returns wrong sums when ranks send different sizes. So all messages of a group are as
     long as the longest agreed on so far, also the one that proposes a new layout, and ranks at odds find it in the
-    header. Collective where the layout is new to the group.
+    header. Collective where the layout is new to the group; then the ranks must also have tracked equally many batches,
+    as those that were together when a peer died in mid-commit may not have.
     """
-    key = tuple(_describe_layer(name, layer) for name, layer in members)
+    key = _describe_layers(members)
     if group is None:
         layout = _alone_layout(key)
         return layout, layout.message_size
     agreement = _agreements.setdefault(group, _Agreement())
     if key not in agreement.layouts:
-        layout = Layout.describe(key)
+        proposal = Layout.describe(key, _batches_tracked(group, members))
         device = transport.choose_device(members[0][1]._window.device)
         message = torch.zeros(agreement.message_size, dtype=torch.float64, device=device)
-        message[:HEADER] = torch.tensor(layout.header(new=True), dtype=torch.float64)
+        message[:HEADER] = torch.tensor(proposal.header(new=True), dtype=torch.float64)
         transport.all_reduce(message)
-        if not layout.agrees(message[:HEADER].tolist(), transport.size, new=True):
-            raise_layout_mismatch(transport, layout)
-        agreement.remember(layout)
+        if not proposal.agrees(message[:HEADER].tolist(), transport.size, new=True):
+            raise_layout_mismatch(group, transport, members)
+        agreement.remember(Layout.describe(key))
     return agreement.layouts[key], agreement.message_size
 
 
 @functools.lru_cache(maxsize=_REMEMBERED)
 def _alone_layout(key: tuple[tuple[Any, ...], ...]) -> Layout:
     return Layout.describe(key)
+
+
+def _describe_layers(members: Sequence[NamedLayer]) -> tuple[tuple[Any, ...], ...]:
+    return tuple(_describe_layer(name, layer) for name, layer in members)
 
 
 def _describe_layer(name: str, layer: SyncAccumBatchNorm) -> tuple[Any, ...]:
@@ -132,18 +138,34 @@ def _describe_layer(name: str, layer: SyncAccumBatchNorm) -> tuple[Any, ...]:
     return name, layer.num_features, dtype, float(layer.eps), momentum if momentum is None else float(momentum)
 
 
-def raise_layout_mismatch(transport: Transport, layout: Layout) -> NoReturn:
+def _batches_tracked(group: Group, members: Sequence[NamedLayer]) -> dict[str, int]:
+    """num_batches_tracked of the layers that the group commits; others may be at odds over it."""
+    own = {name: layer.num_batches_tracked for name, layer in members if resolve_group(layer.process_group) is group}
+    return {name: int(tracked) for name, tracked in own.items() if tracked is not None}
+
+
+def raise_layout_mismatch(group: Group, transport: Transport, members: Sequence[NamedLayer]) -> NoReturn:
     """Name the first difference. Collective."""
-    ours = transport.gather_objects(layout.key)
-    for rank, theirs in enumerate(ours):
-        for index, (first, other) in enumerate(itertools.zip_longest(ours[0], theirs)):
+    everyones = gather_objects(transport, (_describe_layers(members), _batches_tracked(group, members)))
+    first_layers, first_tracked = everyones[0]
+    for rank, (layers, _) in enumerate(everyones):
+        for index, (first, other) in enumerate(itertools.zip_longest(first_layers, layers)):
             if first != other:
                 raise LayoutMismatchError(
                     f"layer {index} differs between ranks: rank 0 has {_render_layer(first)}, rank {rank} has "
                     f"{_render_layer(other)}. Build and convert the same model on every rank; nothing was sent"
                 )
+    for rank, (_, tracked) in enumerate(everyones):
+        for name, batches in tracked.items():
+            if batches != first_tracked[name]:
+                raise LayoutMismatchError(
+                    f"layer {name!r} has tracked {first_tracked[name]} batches on rank 0 and {batches} on rank {rank}: "
+                    "give every rank the same checkpoint. Ranks that lost a peer in mid-commit may be one commit "
+                    "apart: take the statistics of one that is ahead, and discard(model) on those that are behind"
+                )
     raise LayoutMismatchError(
-        "some ranks have committed these layers before and some have not: commit the same models in the same order"
+        "some ranks have committed these layers before and some have not, or some gather their windows meanwhile: "
+        "call the same function on every rank, for the same models in the same order"
     )
 
 

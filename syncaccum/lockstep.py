@@ -18,7 +18,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from syncaccum import meeting
+from syncaccum import meeting, uneven
 from syncaccum.batchnorm import SyncAccumBatchNorm
 from syncaccum.commit import named_layers
 from syncaccum.errors import LockstepError, TooFewValuesError
@@ -29,7 +29,7 @@ from syncaccum.moments import Moments
 from syncaccum.normalization import Normalizer
 from syncaccum.offload import HostStore
 from syncaccum.passes import ReduceSums, normalize_together
-from syncaccum.transport import Group, Transport, resolve_group, transport_over
+from syncaccum.transport import Group, Transport, gather_objects, resolve_group, transport_over
 from syncaccum.turns import Turns
 
 T = TypeVar("T")
@@ -66,8 +66,9 @@ def lockstep(
         What ``forward`` returned for each micro-batch, in order.
 
     Raises:
-        LockstepError: no micro-batches; a lockstep inside another; ``torch.utils.checkpoint`` around a layer; layers
-            that differ between micro-batches or ranks; DistributedDataParallel that was not passed as ``model``.
+        LockstepError: no micro-batches; a lockstep inside another, or inside ``join``; ``torch.utils.checkpoint``
+            around a layer; layers that differ between micro-batches or ranks; DistributedDataParallel that was not
+            passed as ``model``.
         TooFewValuesError: one value per channel in the whole global batch; a ValueError.
         NoLayersError: the model has no SyncAccumBatchNorm.
         CommitError: a peer is gone or stuck, at the group's timeout.
@@ -85,6 +86,8 @@ def lockstep(
         raise LockstepError("no micro-batches: a rank without data passes one that is empty (N = 0)")
     if meeting.current() is not None:
         raise LockstepError("lockstep inside lockstep: call it once, with all micro-batches of the window")
+    if uneven.current() is not None:
+        raise LockstepError("lockstep inside join: give ranks without data an empty micro-batch (N = 0), and no join")
     if offload not in (None, "cpu"):
         raise ValueError(f"offload must be None or 'cpu', got {offload!r}")
     wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
@@ -256,7 +259,7 @@ class _Exchange:
         self._transport.all_reduce(message)
         ranks = self._transport.size
         if message[:2].tolist() != [ranks * number, ranks * number**2]:
-            theirs = self._transport.gather_objects(name)
+            theirs = gather_objects(self._transport, name)
             where = ", ".join(f"rank {rank} {layer}" for rank, layer in enumerate(theirs))
             raise LockstepError(f"ranks meet different layers: {where}. The forward must take the same way on all")
         return message[2 : 2 + values.numel()].to(values.device)

@@ -45,7 +45,7 @@ class Batch(NamedTuple):
 
     eps: float
 
-    def __call__(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
+    def normalizer(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
         return Normalizer(mean, torch.rsqrt(variance + self.eps), None, None, 1.0 / count)
 
 
@@ -56,7 +56,7 @@ class Running(NamedTuple):
     committed_mean: Tensor
     committed_variance: Tensor
 
-    def __call__(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
+    def normalizer(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
         scale = torch.rsqrt(self.committed_variance + self.eps)
         return Normalizer(self.committed_mean, scale, None, None, None)
 
@@ -88,7 +88,7 @@ class Renorm(NamedTuple):
     r_max: float
     d_max: float
 
-    def __call__(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
+    def normalizer(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
         mu, v = self.committed_mean, self.committed_variance
         w: Any = count / (count + self.prior_count)
         if self.untrained is not None:

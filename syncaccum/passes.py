@@ -133,7 +133,7 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Pol
         return _compose(x, weight, bias, policy)
     with torch.no_grad():
         measured = measure(x)
-        to = policy(measured.n, measured.mean, measured.variance)
+        to = policy.normalizer(measured.n, measured.mean, measured.variance)
         sums = measured.sums()
     (y,) = _apply_normalize(to, [measured], weight, bias, None, policy, x)
     return y, sums
@@ -231,7 +231,7 @@ def _compose(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Poli
     variance = centered.square().mean(dims).to(torch.float64)
     origin = origin.to(torch.float64)
     mean = origin + mean_of_shifted
-    to = policy(n, mean, variance)
+    to = policy.normalizer(n, mean, variance)
     slope = _slope(to, weight)
     intercept = _intercept(to.center - origin, slope, _shift(to, weight, bias))
     y = shifted * per_channel(slope.to(shifted.dtype), x) + per_channel(intercept.to(shifted.dtype), x)

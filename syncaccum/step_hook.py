@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from syncaccum.commit import commit, tracking_layers
+from syncaccum.commit import commit, to_seconds, tracking_layers
 
 
-def commit_on_step(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
-    """Call ``commit(model)`` after each ``optimizer.step()``: one window for one step.
+def commit_on_step(
+    model: nn.Module, optimizer: Optimizer, *, timeout: float | timedelta | None = None
+) -> RemovableHandle:
+    """Call ``commit(model, timeout=timeout)`` after each ``optimizer.step()``: one window for one step.
 
     The step that follows the last micro-batch's backward closes the window. Wrappers that keep the real optimizer
     in ``.optimizer`` (accelerate's) are seen through. Where GradScaler skips a step, the window stays open and is
@@ -24,13 +27,16 @@ def commit_on_step(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
         A handle; ``handle.remove()`` ends it.
 
     Raises:
+        ValueError: the timeout is not a positive number.
         NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
     """
-    tracking_layers(model)  # say so now rather than at the first step
+    # Say so now rather than at the first step.
+    tracking_layers(model)
+    to_seconds(timeout)
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
 
     def commit_window(*_: Any) -> None:
-        commit(model)
+        commit(model, timeout=timeout)
 
     return optimizer.register_step_post_hook(commit_window)

@@ -1,13 +1,17 @@
-"""A model's open windows: discard, save, load."""
+"""A model's open windows: discard, save, gather, load."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from syncaccum.commit import tracking_layers
+from syncaccum.batchnorm import SyncAccumBatchNorm
+from syncaccum.commit import for_each_group, reduce_windows, tracking_layers
+from syncaccum.layout import HEADER, Layout, NamedLayer, raise_layout_mismatch, verify_layout
+from syncaccum.transport import Group, Transport, resolve_group, transport_over
 
 
 def discard(model: nn.Module) -> None:
@@ -24,11 +28,14 @@ def discard(model: nn.Module) -> None:
 
 
 def window_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The open windows of this rank, for a checkpoint in the middle of one. Not collective.
+    """The open windows of this rank, for a checkpoint that each rank has a file of its own in. Not collective.
+
+    Loaded by the same ranks they go on bit for bit. For other numbers of ranks, and for a checkpoint that all ranks
+    share, such as ``torch.distributed.checkpoint``'s, where their keys would clash: ``gather_window_state_dict``.
 
     Returns:
         By layer name, a float64 tensor of shape ``(1 + 2C,)``: count, total, total_sq. Sums are additive: the
-        states of several ranks may be added, and loaded on any one of them.
+        states of several ranks may be added, and loaded on any one of them, or stacked, and loaded on all.
 
     Raises:
         NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
@@ -36,25 +43,115 @@ def window_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {name: layer._window.clone() for name, layer in tracking_layers(model)}
 
 
+@torch.no_grad()
+def gather_window_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The open windows of all ranks in one state, alike on every rank, for a checkpoint that any one of them writes.
+
+    Collective: every rank of each layer's group calls it, also one that saw no data. Costs what a commit does. The
+    windows stay open. Where layers have groups of their own, a rank's state is that of the groups it is in, so one
+    rank of each writes.
+
+    Returns:
+        By layer name, a float64 tensor of shape ``(1, 1 + 2C)``: one share, to be dealt out by
+        ``load_window_state_dict`` over any number of ranks. Its size does not depend on how many there are.
+
+    Raises:
+        NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
+        LayoutMismatchError: layers differ between ranks, or some ranks commit while others gather.
+        CommitError: a peer is gone, stuck or did not call this until the group's timeout.
+        RuntimeError: this is one of several ranks, and the process group is yet to be initialised.
+
+    Example::
+
+        >>> state = {"model": model.state_dict(), "windows": gather_window_state_dict(model)}
+        >>> torch.distributed.checkpoint.save(state, checkpoint_id=folder)
+        >>> # ... later, on as many ranks as there are then; load fills the tensors it is given
+        >>> state = {"model": model.state_dict(), "windows": gather_window_state_dict(model)}
+        >>> torch.distributed.checkpoint.load(state, checkpoint_id=folder)
+        >>> model.load_state_dict(state["model"])
+        >>> load_window_state_dict(model, state["windows"])
+    """
+    layers = tracking_layers(model)
+    gathered: dict[str, Tensor] = {}
+    for_each_group(layers, lambda group, members: gathered.update(_gather_group(group, members)))
+    return {name: gathered[name] for name, _ in layers}
+
+
+def _gather_group(group: Group, members: Sequence[NamedLayer]) -> dict[str, Tensor]:
+    transport = _connect(group)
+    layout, message_size = verify_layout(group, transport, members)
+    # A fingerprint of its own: a peer that commits meanwhile must not take this for a commit, nor we its sums.
+    gathering = Layout.describe(layout.key, "gather")
+    reduced = reduce_windows(transport, gathering, message_size, [layer._window for _, layer in members])
+    if not gathering.agrees(reduced[:HEADER].tolist(), transport.size, new=False):
+        raise_layout_mismatch(group, transport, members)
+    sums = torch.split(reduced[HEADER:], [1 + 2 * width for width in layout.widths])
+    return {name: window.clone().unsqueeze(0) for (name, _), window in zip(members, sums, strict=True)}
+
+
 def load_window_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Replace the open windows of this rank by saved ones. Not collective.
 
+    A tensor of shape ``(1 + 2C,)``, from ``window_state_dict``, is this rank's window. One of shape
+    ``(shares, 1 + 2C)``, from ``gather_window_state_dict`` or stacked from the states of several ranks, holds the
+    windows of all: every rank loads the same state, and rank r of the R ranks in the layer's group takes the shares r,
+    r + R, r + 2R and so on. So nothing is lost and nothing counted twice, on any number of ranks, but each must
+    load it, after the process group is initialised.
+
+    Sums that are NaN or Inf are loaded as they were saved: a commit names their layer, and ``discard`` is the remedy.
+
     Raises:
-        ValueError: a layer is missing, unknown, or of another width or dtype; then nothing was loaded.
+        ValueError: a layer is missing, unknown, or of another width or dtype, or a count is none; then nothing was
+            loaded.
         NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
+        RuntimeError: shares are to be dealt out, this is one of several ranks, and the process group is yet to be
+            initialised.
     """
     layers = dict(tracking_layers(model))
     missing, unknown = layers.keys() - state.keys(), state.keys() - layers.keys()
     if missing or unknown:
         raise ValueError(
-            f"the window state does not fit the model: missing {sorted(missing)}, unknown {sorted(unknown)}"
+            f"the window state does not fit the model: missing {sorted(missing)}, unknown {sorted(unknown)}. "
+            "Build and convert the model as when it was saved, or go on with empty windows: discard(model)"
         )
     for name, layer in layers.items():
-        saved = state[name]
-        if saved.shape != layer._window.shape or saved.dtype != torch.float64:
-            raise ValueError(
-                f"the window state does not fit layer {name}: expected float64 of shape "
-                f"{tuple(layer._window.shape)}, got {saved.dtype} of shape {tuple(saved.shape)}"
-            )
-    for name, layer in layers.items():
-        layer._window.copy_(state[name])
+        _check_fit(name, layer, state[name])
+    windows = [_take_share(layer, state[name]) for name, layer in layers.items()]
+    for layer, window in zip(layers.values(), windows, strict=True):
+        layer._window.copy_(window)
+
+
+def _check_fit(name: str, layer: SyncAccumBatchNorm, saved: Tensor) -> None:
+    size = layer._window.numel()
+    if saved.dim() not in (1, 2) or saved.shape[-1] != size or saved.dtype != torch.float64:
+        raise ValueError(
+            f"the window state does not fit layer {name}: expected float64 of shape ({size},), or (shares, {size}), "
+            f"got {saved.dtype} of shape {tuple(saved.shape)}. Build the model as when it was saved and keep float64, "
+            "or go on with empty windows: discard(model)"
+        )
+    # A window counts values, whatever these are. A negative count would take away other ranks' data unseen.
+    counts = saved[..., 0]
+    whole = counts.isfinite() & (counts >= 0) & (counts == counts.floor())
+    if not whole.all():
+        raise ValueError(
+            f"the window state of layer {name} is damaged: its count is {counts.tolist()}, expected a whole number "
+            "from 0 on. Take another checkpoint, or go on with empty windows: discard(model)"
+        )
+
+
+def _take_share(layer: SyncAccumBatchNorm, saved: Tensor) -> Tensor:
+    if saved.dim() == 1:
+        return saved
+    transport = _connect(resolve_group(layer.process_group))
+    return saved[transport.rank :: transport.size].sum(0)
+
+
+def _connect(group: Group) -> Transport:
+    """The transport of a resolved group; refuses a process that takes itself for alone, and is not."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if group is None and ranks > 1:
+        raise RuntimeError(
+            f"this is one of {ranks} ranks (WORLD_SIZE), and which one is not known before "
+            "torch.distributed.init_process_group(): call that first, or each would count all windows as its own"
+        )
+    return transport_over(group)

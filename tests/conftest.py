@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(optionalhook=True)  # the hook is there only with xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``--dist loadgroup``, keep tests that share processes or runs on one worker each.
+    """With ``--dist loadgroup``, keep tests that share rank processes (by folder), or runs (by file), on one worker.
 
     By a scheduler, because pytest 9.2 ignores the mark ``xdist_group`` (pytest-dev/pytest-xdist#1386).
     """
@@ -21,9 +21,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         return None
     from xdist.scheduler import LoadGroupScheduling
 
-    class ByFolder(LoadGroupScheduling):
+    class ByWhatTheyShare(LoadGroupScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            shared = [folder for folder in ("tests/distributed/", "tests/launch/") if folder in nodeid]
-            return shared[0] if shared else super()._split_scope(nodeid)
+            if "tests/distributed/" in nodeid:
+                return "tests/distributed/"
+            if "tests/launch/" in nodeid or "tests/mpi/" in nodeid:
+                return nodeid.split("::")[0]
+            return super()._split_scope(nodeid)
 
-    return ByFolder(config, log)
+    return ByWhatTheyShare(config, log)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncaccum import SyncAccumBatchNorm
+from syncaccum import SyncAccumBatchNorm, commit
 from tests.ranks import Rank
 
 Snapshot = dict[str, Tensor]
@@ -110,6 +110,13 @@ def assert_committed(
         references[name](gather_global_batch(fed[name], group))
         assert_statistics_equal(layer, references[name])
         assert layer.window.count == 0
+
+
+def assert_committed_after(layers: nn.ModuleDict, references: dict[str, nn.BatchNorm1d], rank: Rank, seed: int) -> None:
+    """Two micro-batches and a commit go as they should. Collective."""
+    fed = feed_layers(layers, rank, seed=seed)
+    commit(layers)
+    assert_committed(layers, references, fed)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

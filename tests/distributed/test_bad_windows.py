@@ -16,7 +16,7 @@ from syncaccum import (
     discard,
 )
 from tests.distributed.oracle import (
-    assert_committed,
+    assert_committed_after,
     assert_unchanged,
     feed_layers,
     make_layers,
@@ -36,9 +36,7 @@ def poison(layer: nn.Module, value: float) -> None:
 def test_non_finite_values_on_one_rank_stop_the_commit_on_all(rank: Rank, value: float, bad_rank: int) -> None:
     layers = make_layers(a=3, b=4)
     references = make_references(layers)
-    fed = feed_layers(layers, rank, seed=0)
-    commit(layers)
-    assert_committed(layers, references, fed)
+    assert_committed_after(layers, references, rank, seed=0)
 
     feed_layers(layers, rank, seed=1)
     if rank.index == bad_rank:
@@ -50,9 +48,7 @@ def test_non_finite_values_on_one_rank_stop_the_commit_on_all(rank: Rank, value:
         assert_unchanged(layers, before)
 
     discard(layers)
-    fed = feed_layers(layers, rank, seed=2)
-    commit(layers)
-    assert_committed(layers, references, fed)
+    assert_committed_after(layers, references, rank, seed=2)
 
 
 @on_ranks(3)
@@ -93,9 +89,7 @@ def test_one_value_in_the_global_batch_is_a_value_error_on_every_rank(rank: Rank
     assert_unchanged(layers, before)
 
     discard(layers)
-    fed = feed_layers(layers, rank, seed=1)
-    commit(layers)
-    assert_committed(layers, references, fed)
+    assert_committed_after(layers, references, rank, seed=1)
 
 
 @on_ranks(2)

@@ -10,7 +10,7 @@ from torch import nn
 
 from syncaccum import LayoutMismatchError, SyncAccumBatchNorm, commit
 from tests.distributed.oracle import (
-    assert_committed,
+    assert_committed_after,
     assert_unchanged,
     feed_layers,
     make_layers,
@@ -71,12 +71,6 @@ def test_every_rank_names_the_difference_and_nothing_changes(
     for layer in good.values():
         layer.discard()
     assert_committed_after(layers, references, rank, seed=7)
-
-
-def assert_committed_after(layers: nn.ModuleDict, references: dict[str, nn.BatchNorm1d], rank: Rank, seed: int) -> None:
-    fed = feed_layers(layers, rank, seed=seed)
-    commit(layers)
-    assert_committed(layers, references, fed)
 
 
 @on_ranks(3)

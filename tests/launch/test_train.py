@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -12,38 +15,43 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.arguments import Arguments
-from launch.checkpoint import checkpoint_path, load_checkpoint
+from launch.checkpoint import find_checkpoints, load_checkpoint
 from launch.train import main
 from tests.launch import jobs
 
 # Two epochs of eight steps, and a checkpoint after each of them.
 SHORT = Arguments(window=16, train_images=120, epochs=2, checkpoint_every=1)
+# Two epochs of four steps of four micro-batches, the same ones for 1, 2 and 4 ranks.
+ELASTIC = Arguments(window=16, train_images=64, epochs=2, checkpoint_every=1, dtype="float64")
 
 
-def make_options(output: Path) -> list[str]:
+def make_options(output: Path, arguments: Arguments = SHORT) -> list[str]:
     return [
-        f"--window={SHORT.window}",
-        f"--train-images={SHORT.train_images}",
-        f"--epochs={SHORT.epochs}",
-        f"--checkpoint-every={SHORT.checkpoint_every}",
+        f"--window={arguments.window}",
+        f"--train-images={arguments.train_images}",
+        f"--epochs={arguments.epochs}",
+        f"--checkpoint-every={arguments.checkpoint_every}",
+        f"--dtype={arguments.dtype}",
         f"--output={output}",
     ]
 
 
-def read_checkpoint(output: Path) -> dict[str, Any]:
-    return load_checkpoint(checkpoint_path(Arguments(output=str(output))), SHORT)
+def read_checkpoint(output: Path, arguments: Arguments = SHORT) -> dict[str, Any]:
+    state = load_checkpoint(output, arguments)
+    assert state is not None
+    return state
 
 
 def wait_for_step(output: Path, step: int) -> None:
     deadline = time.monotonic() + 60
-    while not (output / "checkpoint.pt").exists() or count_steps(output) < step:
+    while count_steps(output) < step:
         assert time.monotonic() < deadline, f"no checkpoint of step {step} came"
         time.sleep(0.005)
 
 
 def count_steps(output: Path) -> int:
-    steps: int = read_checkpoint(output)["progress"]["total_steps"]
-    return steps
+    """Optimizer steps behind the newest checkpoint."""
+    return next(iter(find_checkpoints(output)), -1)
 
 
 def read_steps(output: Path, scalar: str) -> list[int]:
@@ -85,6 +93,17 @@ def test_a_run_killed_in_the_middle_and_resumed_equals_an_undisturbed_one(uninte
     assert read_steps(tmp_path, "step/train_loss") == list(range(1, 17))
 
 
+def test_a_job_whose_launcher_restarts_it_goes_on_by_itself(uninterrupted: Path, tmp_path: Path) -> None:
+    command = [jobs.LOCAL, "2", "launch/train.py", *make_options(tmp_path), "--resume=auto"]
+    with jobs.started(command, PET_MAX_RESTARTS="1") as launcher:
+        wait_for_step(tmp_path, 3)
+        os.kill(jobs.find_children(launcher.pid)[0], signal.SIGKILL)
+        output, _ = launcher.communicate(timeout=90)
+    assert launcher.returncode == 0, output
+    assert "exitcode: -9" in output
+    assert_same_run(tmp_path, uninterrupted)
+
+
 def assert_same_run(output: Path, expected: Path) -> None:
     ours, theirs = read_checkpoint(output), read_checkpoint(expected)
     assert ours["progress"]["history"] == theirs["progress"]["history"]
@@ -94,6 +113,49 @@ def assert_same_run(output: Path, expected: Path) -> None:
     for index, state in theirs["learner"]["optimizer"]["state"].items():
         momentum = ours["learner"]["optimizer"]["state"][index]["momentum_buffer"]
         assert torch.equal(momentum, state["momentum_buffer"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed_and_killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The outputs of two ranks that ran to the end, and of two that were killed on the way."""
+    undisturbed, killed = tmp_path_factory.mktemp("undisturbed"), tmp_path_factory.mktemp("killed")
+    finished = jobs.run(jobs.LOCAL, 2, "launch/train.py", *make_options(undisturbed, ELASTIC))
+    assert finished.returncode == 0, finished.stdout
+    with jobs.started_ranks(2, *make_options(killed, ELASTIC)):
+        wait_for_step(killed, 3)
+    assert 3 <= count_steps(killed) < 8
+    return undisturbed, killed
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_run_goes_on_with_fewer_or_more_ranks(
+    undisturbed_and_killed: tuple[Path, Path], tmp_path: Path, ranks: int
+) -> None:
+    undisturbed, killed = undisturbed_and_killed
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    with jobs.started_ranks(ranks, *make_options(tmp_path, ELASTIC), "--resume") as processes:
+        assert [process.wait(timeout=60) for process in processes] == [0] * ranks
+    assert json.loads((tmp_path / "metrics.json").read_text())["ranks"] == ranks
+    ours, theirs = (read_checkpoint(output, ELASTIC) for output in (tmp_path, undisturbed))
+    assert ours["progress"]["total_steps"] == 8
+    # Only the order of summation over ranks differs, by float64's 1e-16; some steps amplify that.
+    torch.testing.assert_close(ours["learner"]["model"], theirs["learner"]["model"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        ours["learner"]["optimizer"]["state"], theirs["learner"]["optimizer"]["state"], rtol=1e-12, atol=1e-12
+    )
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before_and_no_more(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    newest, before, *_ = find_checkpoints(tmp_path).values()
+    newest.write_bytes(newest.read_bytes()[:1000])
+    finished = jobs.run(jobs.LOCAL, 2, "launch/train.py", *make_options(tmp_path), "--resume=auto")
+    assert finished.returncode == 0, finished.stdout
+    assert finished.stdout.count(f"{newest} is damaged (its checksum is wrong); going on from {before.name}") == 1
+    assert_same_run(tmp_path, uninterrupted)
+    assert len(find_checkpoints(tmp_path)) == SHORT.keep_checkpoints
 
 
 def test_resuming_with_other_arguments_is_refused_by_name(uninterrupted: Path) -> None:

@@ -14,8 +14,6 @@ from syncaccum import (
     commit_on_step,
     convert_sync_accum,
     discard,
-    load_window_state_dict,
-    window_state_dict,
 )
 from syncaccum.errors import NoLayersError, TooFewValuesError
 from tests.unit.oracle import assert_same_statistics, reference
@@ -93,7 +91,7 @@ def test_a_single_value_changes_nothing_and_may_be_joined_by_more() -> None:
     assert commit(model).values == {"0": 2, "1.0": 2}
 
 
-@pytest.mark.parametrize("verb", [commit, discard, window_state_dict])
+@pytest.mark.parametrize("verb", [commit, discard])
 def test_a_model_without_layers_is_told_to_convert_first(verb: object) -> None:
     with pytest.raises(NoLayersError, match=r"convert_sync_accum\(model\) first"):
         verb(nn.Sequential(nn.BatchNorm1d(3)))  # type: ignore[operator]
@@ -193,35 +191,3 @@ def test_commit_on_step_refuses_an_unconverted_model_at_once() -> None:
     model = nn.BatchNorm1d(3)
     with pytest.raises(NoLayersError):
         commit_on_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
-
-
-def test_windows_are_saved_and_loaded_and_additive() -> None:
-    first, second, whole = small_model(), small_model(), small_model()
-    for model in (first, whole):
-        model(torch.ones(3, 3).double())
-    x = torch.randn(4, 3).double()
-    for model in (second, whole):
-        model(x)
-    state_a, state_b = window_state_dict(first), window_state_dict(second)
-    resumed = small_model()
-    load_window_state_dict(resumed, {name: state_a[name] + state_b[name] for name in state_a})
-    commit(resumed)
-    commit(whole)
-    assert all(torch.equal(a, b) for a, b in zip(resumed.buffers(), whole.buffers(), strict=True))
-
-
-def test_a_window_state_that_does_not_fit_names_why_and_loads_nothing() -> None:
-    model = small_model()
-    model(torch.randn(4, 3).double())
-    before = state(model)
-    good = window_state_dict(model)
-    bad = [
-        ({"0": good["0"]}, r"missing \['1.0'\]"),
-        ({**good, "9": good["0"]}, r"unknown \['9'\]"),
-        ({**good, "1.0": torch.zeros(3, dtype=torch.float64)}, r"layer 1.0: expected float64 of shape \(7,\)"),
-        ({**good, "1.0": torch.zeros(7)}, "got torch.float32"),
-    ]
-    for wrong, message in bad:
-        with pytest.raises(ValueError, match=message):
-            load_window_state_dict(model, wrong)
-    assert all(torch.equal(a, b) for a, b in zip(before, state(model), strict=True))

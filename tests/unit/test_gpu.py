@@ -93,3 +93,16 @@ def _arguments(module: nn.Module) -> tuple[int, ...]:
     if isinstance(module, nn.Conv2d):
         return module.in_channels, module.out_channels, 3
     return (module.num_features,) if isinstance(module, nn.BatchNorm2d) else ()
+
+
+def test_a_commit_over_mpi_goes_through_host_memory() -> None:
+    from mpi4py import MPI  # here, because it starts MPI
+
+    over_mpi = SyncAccumBatchNorm(5, process_group=MPI.COMM_SELF, device="cuda")
+    plain = SyncAccumBatchNorm(5, device="cuda")
+    x = torch.randn(4, 5, 9, 9, device="cuda")
+    for layer in (over_mpi, plain):
+        layer(x)
+        commit(layer)
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(over_mpi.get_buffer(name), buffer)

@@ -6,6 +6,7 @@ It parks what is on a device, and there is none here: a store is told that CPU t
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -70,7 +71,8 @@ class DeviceStore(HostStore):
 
 
 def run_offloaded(model: nn.Module, parts: list[Tensor], forward: Any = None) -> tuple[list[Any], DeviceStore]:
-    with patch("syncaccum.lockstep.HostStore", DeviceStore):
+    # By module: the package has a function of that name, too.
+    with patch.object(sys.modules["syncaccum.lockstep"], "HostStore", DeviceStore):
         outputs = lockstep(model, forward or model, parts, offload="cpu")
     return outputs, DeviceStore.made.pop()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def policies(count: int) -> dict[str, Policy]:
 def plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Policy) -> Tensor:
     """The definition, in operations that autograd differentiates: what the passes must agree with."""
     columns = x.movedim(1, -1).reshape(-1, C)
-    to: Normalizer = policy(columns.shape[0], columns.mean(0), columns.var(0, correction=0))
+    to: Normalizer = policy.normalizer(columns.shape[0], columns.mean(0), columns.var(0, correction=0))
     y = (columns - to.center) * to.scale
     if to.gain is not None:
         y = y * to.gain
@@ -96,11 +97,13 @@ def test_renorm_gradcheck_with_gain_and_offset_held_constant() -> None:
     renorm = policies(12)["renorm"]
     x = torch.randn(3, C, 2, 2, dtype=torch.float64, requires_grad=True)
     weight, bias = (torch.randn(C, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    frozen = renorm(12, x.detach().mean((0, 2, 3)), x.detach().var((0, 2, 3), correction=0))
+    frozen = renorm.normalizer(12, x.detach().mean((0, 2, 3)), x.detach().var((0, 2, 3), correction=0))
 
-    def policy(count: int, mean: Tensor, variance: Tensor) -> Normalizer:
-        return renorm(count, mean, variance)._replace(gain=frozen.gain, offset=frozen.offset)
+    class Frozen:
+        def normalizer(self, *moments: Any) -> Normalizer:
+            return renorm.normalizer(*moments)._replace(gain=frozen.gain, offset=frozen.offset)
 
+    policy = Frozen()
     assert gradcheck(lambda *a: normalize(*a, policy)[0], (x, weight, bias))  # type: ignore[arg-type]
     assert gradgradcheck(lambda *a: normalize(*a, policy)[0], (x, weight, bias))  # type: ignore[arg-type]
 

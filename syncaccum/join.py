@@ -1,0 +1,147 @@
+"""join: DistributedDataParallel on ranks with unequal numbers of micro-batches, which all take part in all commits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook
+from torch.nn.parallel import DistributedDataParallel
+
+from syncaccum import uneven
+from syncaccum.commit import commit, tracking_layers
+from syncaccum.errors import CommitError
+from syncaccum.layout import NamedLayer
+from syncaccum.transport import resolve_group, transport_over
+
+_FORWARD, _COMMIT = 0.0, 1.0
+
+
+@contextmanager
+def join(ddp: DistributedDataParallel) -> Iterator[None]:
+    """Use instead of ``ddp.join()`` where ranks have unequal numbers of micro-batches.
+
+    A rank whose inputs are used up stays at the end of the block until all ranks are there. Meanwhile it takes part
+    in what the others do: in DDP's reductions with zero gradients, as under ``ddp.join()``, and in every commit with
+    what is left in its window. So each commit's statistics are those of the global batch of that step, whoever still
+    had data, and equal on every rank. In the end all ranks have the parameters of those that ran longest.
+
+    While a rank has inputs, it must commit after as many micro-batches as the others. Gradients of a window that it
+    could not finish are lost, as under ``ddp.join()``; its statistics go into the next commit. DDP divides the sum of
+    gradients by the number of all ranks, also of those that wait. Not with ``lockstep``, which takes empty
+    micro-batches instead.
+
+    Collective: every rank of the wrapper's group enters and leaves the block. Each forward of the wrapper and each
+    commit inside costs two all-reduces of one number more, which tell the waiting ranks what comes.
+
+    Args:
+        ddp: the wrapper itself, around a model with SyncAccumBatchNorm layers.
+
+    Raises:
+        TypeError: it is not a DistributedDataParallel.
+        NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
+        CommitError: some ranks commit while others go on with their window; a commit of something else than this
+            model; what a commit raises, on all ranks alike, also on those that wait.
+
+    Example::
+
+        >>> ddp = DistributedDataParallel(convert_sync_accum(model))
+        >>> commit_on_step(ddp, optimizer)
+        >>> with syncaccum.join(ddp):
+        ...     for micro_batch in micro_batches:  # more on some ranks than on others
+        ...         loss(ddp(micro_batch)).backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+    """
+    if not isinstance(ddp, DistributedDataParallel):
+        raise TypeError(f"join takes a DistributedDataParallel, got {type(ddp).__name__}")
+    if uneven.current() is not None:
+        raise RuntimeError("join inside join: this process can be in one at a time")
+    joinable = _Joinable(ddp)
+    context = Join([joinable])
+    # Of DDP's own join we need everything but its announcement of each forward, which is ours to make.
+    ddp._join_config = ddp._join_config._replace(enable=True, throw_on_early_termination=False, is_first_joinable=False)
+    handle = ddp.register_forward_pre_hook(lambda *_: joinable.announce(_FORWARD))
+    uneven.enter(joinable)
+    try:
+        yield
+        with warnings.catch_warnings(), context:
+            pass  # leaving it is what waits; torch sets a filter of warnings for the whole process there
+    finally:
+        uneven.enter(None)
+        handle.remove()
+        ddp._join_config = ddp._join_config._replace(enable=False)
+
+
+class _Joinable(Joinable):
+    """What waiting ranks shadow: one iteration of torch's Join is a forward with its backward, or a commit."""
+
+    def __init__(self, ddp: DistributedDataParallel) -> None:
+        super().__init__()
+        self.model = ddp
+        self._layers = [layer for _, layer in tracking_layers(ddp)]
+        self._transport = transport_over(resolve_group(self.join_process_group))
+        self._waiting = False
+
+    def join_hook(self, **_: Any) -> JoinHook:
+        forward = self.model.join_hook(divide_by_initial_world_size=True)  # type: ignore[no-untyped-call]
+        return _Hook(self, forward)
+
+    @property
+    def join_device(self) -> torch.device:
+        device: torch.device = self.model.join_device
+        return device
+
+    @property
+    def join_process_group(self) -> Any:
+        return self.model.join_process_group
+
+    def announce_commit(self, layers: Sequence[NamedLayer]) -> None:
+        if self._waiting:
+            return  # this commit is the answer to an announcement
+        if [layer for _, layer in layers] != self._layers:
+            raise CommitError("inside join only its model can be committed, as a whole: commit(ddp)")
+        self.announce(_COMMIT)
+
+    def announce(self, kind: float) -> None:
+        """Say on a rank that has inputs what it is about to do. Collective, with those that wait."""
+        work = Join.notify_join_context(self)
+        assert work is not None  # it is the first and only joinable
+        work.wait()
+        self._exchange(kind, present=1.0)
+
+    def shadow(self, forward: JoinHook) -> None:
+        """Do on a rank that waits what the others have announced. Collective."""
+        self._waiting = True
+        if self._exchange(_FORWARD, present=0.0) == _COMMIT:
+            commit(self.model)
+        else:
+            forward.main_hook()
+
+    def _exchange(self, kind: float, *, present: float) -> float:
+        """What all ranks with inputs are about to do; raises on every rank if they are at odds."""
+        device = self._transport.choose_device(self.join_device)
+        message = torch.tensor([kind, present], dtype=torch.float64, device=device)
+        self._transport.all_reduce(message)
+        commits, ranks = message.tolist()
+        if commits not in (0.0, ranks):
+            raise CommitError(
+                f"{commits:.0f} of {ranks:.0f} ranks that still have inputs commit and the others go on with their "
+                "window: inside join every rank must commit after as many micro-batches as the others"
+            )
+        return _COMMIT if commits else _FORWARD
+
+
+class _Hook(JoinHook):
+    def __init__(self, joinable: _Joinable, forward: JoinHook) -> None:
+        self._joinable = joinable
+        self._forward = forward
+
+    def main_hook(self) -> None:
+        self._joinable.shadow(self._forward)
+
+    def post_hook(self, is_last_joiner: bool) -> None:
+        self._forward.post_hook(is_last_joiner)

@@ -1,0 +1,74 @@
+"""The doctor with something wrong on one rank: python -m tests.launch.altered_doctor ALTERATION RANK [OPTIONS]."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import syncaccum
+from syncaccum import transport
+from syncaccum.doctor import __main__, measurement
+from syncaccum.layout import HEADER
+
+
+def replace_versions() -> None:
+    platform.python_version = lambda: "3.9.1"
+    torch.__version__ = "2.6.0"
+    syncaccum.__version__ = "0.0.1"
+
+
+def put_clock_forward() -> None:
+    time_ns = time.time_ns
+    time.time_ns = lambda: time_ns() + 5_000_000_000
+
+
+def spoil_sums() -> None:
+    all_reduce = transport._TorchTransport.all_reduce
+
+    def spoiled(self: Any, flat: Tensor) -> None:
+        all_reduce(self, flat)
+        if flat.numel() > HEADER:  # sums, not the comparison of layers before them
+            flat[-1] += flat[-1].abs() * 1e-6
+
+    # Only in the commit: elsewhere it would spoil the ranks' notes to each other.
+    measured = measurement.measure_commit_error
+
+    def measure_commit_error(*args: Any) -> float:
+        transport._TorchTransport.all_reduce = spoiled
+        try:
+            return measured(*args)
+        finally:
+            transport._TorchTransport.all_reduce = all_reduce
+
+    measurement.measure_commit_error = measure_commit_error
+
+
+def stop_in_commit(with_signal: signal.Signals) -> None:
+    def stop(*args: Any) -> float:
+        os.kill(os.getpid(), with_signal)
+        raise AssertionError("a stopped process went on")
+
+    measurement.measure_commit_error = stop
+
+
+ALTERATIONS: dict[str, Callable[[], None]] = {
+    "versions": replace_versions,
+    "clock": put_clock_forward,
+    "sums": spoil_sums,
+    "killed": lambda: stop_in_commit(signal.SIGKILL),
+    "stopped": lambda: stop_in_commit(signal.SIGSTOP),
+}
+
+if __name__ == "__main__":
+    alteration, rank, *options = sys.argv[1:]
+    if os.environ["RANK"] == rank:
+        ALTERATIONS[alteration]()
+    __main__.main(options)

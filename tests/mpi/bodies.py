@@ -1,0 +1,221 @@
+"""What is tried on every rank of an MPI job; see run_bodies.py."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from mpi4py import MPI
+from torch import Tensor, nn
+
+from syncaccum import (
+    LayoutMismatchError,
+    LockstepError,
+    NonFiniteStatisticsError,
+    SyncAccumBatchNorm,
+    TooFewValuesError,
+    commit,
+    convert_sync_accum,
+    lockstep,
+)
+from tests.distributed.oracle import assert_unchanged, take_snapshot
+
+Body = Callable[[MPI.Intracomm], None]
+BODIES: list[Body] = []
+
+
+def body(function: Body) -> Body:
+    BODIES.append(function)
+    return function
+
+
+class Counting(MPI.Intracomm):
+    """A communicator that counts what commits call."""
+
+    all_reduces = 0
+
+    def Allreduce(self, *args: Any, **options: Any) -> None:  # noqa: N802 - mpi4py's name
+        self.all_reduces += 1
+        super().Allreduce(*args, **options)
+
+
+def make_layers(comm: MPI.Comm, dtype: torch.dtype = torch.float64, **widths: int) -> nn.ModuleDict:
+    layers = {name: SyncAccumBatchNorm(width, process_group=comm, dtype=dtype) for name, width in widths.items()}
+    return nn.ModuleDict(layers)
+
+
+def draw(comm: MPI.Comm, step: int, width: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """This rank's micro-batches: uneven, and none at all on the last of several ranks."""
+    generator = torch.Generator().manual_seed(100 * step + comm.rank)
+    sizes = () if comm.size > 1 and comm.rank == comm.size - 1 else (2 + comm.rank, 3)
+    return [3 * torch.randn(n, width, 4, generator=generator, dtype=dtype) + 1 for n in sizes]
+
+
+def concatenate(comm: MPI.Comm, micro_batches: list[Tensor], width: int) -> Tensor:
+    ours = torch.cat([torch.empty(0, width, 4, dtype=torch.float64), *micro_batches])
+    return torch.cat(comm.allgather(ours))
+
+
+def feed(comm: MPI.Comm, layers: nn.ModuleDict, step: int) -> None:
+    for layer in layers.values():
+        for x in draw(comm, step, layer.num_features):
+            layer(x)
+
+
+@body
+def statistics_are_those_of_the_global_batch(comm: MPI.Intracomm) -> None:
+    layers = make_layers(comm, a=3, b=5)
+    references = {name: nn.BatchNorm1d(layer.num_features, dtype=torch.float64) for name, layer in layers.items()}
+    for step in range(3):
+        for name, layer in layers.items():
+            micro_batches = draw(comm, step, layer.num_features)
+            for x in micro_batches:
+                layer(x)
+            references[name](concatenate(comm, micro_batches, layer.num_features))
+        assert commit(layers, timeout=60.0 if step == 1 else None).ranks == comm.size
+        for name, layer in layers.items():
+            torch.testing.assert_close(dict(layer.named_buffers()), dict(references[name].named_buffers()))
+            assert layer.window.count == 0
+
+
+@body
+def statistics_in_float32_lose_nothing_on_the_way(comm: MPI.Intracomm) -> None:
+    layers = make_layers(comm, torch.float32, a=3)
+    reference = nn.BatchNorm1d(3, dtype=torch.float64)
+    micro_batches = draw(comm, 0, 3, torch.float32)
+    for x in micro_batches:
+        layers["a"](x)
+    commit(layers)
+    reference(concatenate(comm, [x.double() for x in micro_batches], 3))
+    # The default tolerance of float32: running statistics are stored in it.
+    torch.testing.assert_close(layers["a"].running_var, reference.running_var.float())
+
+
+@body
+def a_commit_is_one_all_reduce_after_a_comparison_of_layers(comm: MPI.Intracomm) -> None:
+    counting = Counting(comm.Dup())
+    layers = make_layers(counting, a=3, b=5)
+    counts = []
+    for step in range(3):
+        feed(comm, layers, step)
+        commit(layers)
+        counts.append(counting.all_reduces)
+    assert counts == [2, 3, 4]
+
+
+@body
+def every_rank_has_the_same_bits(comm: MPI.Intracomm) -> None:
+    layers = make_layers(comm, a=3, b=5)
+    feed(comm, layers, 0)
+    commit(layers)
+    for theirs in comm.allgather(take_snapshot(layers)):
+        assert_unchanged(layers, theirs)
+
+
+@body
+def communicators_commit_apart(comm: MPI.Intracomm) -> None:
+    own = comm.Split(comm.rank % 2)
+    layers = make_layers(own, a=3)
+    layers["everyone"] = SyncAccumBatchNorm(3, process_group=comm, dtype=torch.float64)
+    references = {"a": nn.BatchNorm1d(3, dtype=torch.float64), "everyone": nn.BatchNorm1d(3, dtype=torch.float64)}
+    x = torch.randn(3, 3, 4, generator=torch.Generator().manual_seed(comm.rank), dtype=torch.float64)
+    for name, group in (("a", own), ("everyone", comm)):
+        layers[name](x)
+        references[name](concatenate(group, [x], 3))
+    assert commit(layers).ranks == comm.size
+    for name, layer in layers.items():
+        torch.testing.assert_close(dict(layer.named_buffers()), dict(references[name].named_buffers()))
+
+
+@body
+def layers_that_differ_are_named_on_every_rank(comm: MPI.Intracomm) -> None:
+    last = comm.size - 1
+    layers = make_layers(comm, a=3, b=5 if comm.rank < last or comm.size == 1 else 6)
+    before = take_snapshot(layers)
+    if comm.size == 1:
+        return  # nobody to differ from
+    with pytest.raises(LayoutMismatchError, match=rf"rank 0 has 'b' \(5 channels.*rank {last} has 'b' \(6 channels"):
+        commit(layers)
+    assert_unchanged(layers, before)
+
+
+@body
+def nan_is_named_on_every_rank(comm: MPI.Intracomm) -> None:
+    layers = make_layers(comm, a=3, b=5)
+    feed(comm, layers, 0)
+    last = comm.size - 1
+    if comm.rank == last:
+        layers["b"](torch.full((2, 5, 4), torch.nan, dtype=torch.float64))
+    before = take_snapshot(layers)
+    with pytest.raises(NonFiniteStatisticsError, match=rf"rank {last}: b\)"):
+        commit(layers)
+    assert_unchanged(layers, before)
+
+
+@body
+def a_single_value_is_refused_on_every_rank(comm: MPI.Intracomm) -> None:
+    layers = make_layers(comm, a=3)
+    if comm.rank == 0:
+        layers["a"](torch.ones(1, 3, dtype=torch.float64))
+    with pytest.raises(TooFewValuesError):
+        commit(layers)
+
+
+@body
+def lockstep_equals_the_large_batch(comm: MPI.Intracomm) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3), nn.BatchNorm1d(3)).double()
+    model = convert_sync_accum(copy.deepcopy(plain), comm)
+    micro_batches = [torch.randn(n + comm.rank, 4, dtype=torch.float64) for n in (2, 3)]
+    everyones = comm.allgather(micro_batches)
+    losses = lockstep(model, lambda x: model(x).pow(3).sum(), micro_batches)
+    sum(losses).backward()
+    plain(torch.cat([x for theirs in everyones for x in theirs])).pow(3).sum().backward()
+    for parameter, reference in zip(model.parameters(), plain.parameters(), strict=True):
+        total = sum(comm.allgather(parameter.grad))
+        # Float64 with headroom for two layers of cancellation; a gradient that is zero by algebra needs an absolute.
+        torch.testing.assert_close(total, reference.grad, rtol=1e-10, atol=1e-10)
+    commit(model)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(model.get_buffer(name), buffer)
+
+
+@body
+def ranks_in_different_layers_are_told(comm: MPI.Intracomm) -> None:
+    if comm.size == 1:
+        return  # nobody to meet
+    layers = convert_sync_accum(nn.ModuleList([nn.BatchNorm1d(2), nn.BatchNorm1d(2)]), comm)
+    mine = layers[0 if comm.rank == 0 else 1]
+    with pytest.raises(LockstepError, match="rank 0 0, rank 1 1"):
+        lockstep(layers, lambda x: mine(x).sum(), [torch.randn(3, 2)])
+
+
+@body
+def a_copy_commits_over_the_same_communicator_and_pickling_is_refused(comm: MPI.Intracomm) -> None:
+    layers = make_layers(comm, a=3)
+    copied = copy.deepcopy(layers)
+    assert copied["a"].process_group is comm
+    feed(comm, copied, 0)
+    assert commit(copied).ranks == comm.size
+    with pytest.raises(TypeError, match="save its state_dict"):
+        pickle.dumps(layers)
+
+
+@body
+def communicators_that_cannot_be_are_refused(comm: MPI.Intracomm) -> None:
+    with pytest.raises(ValueError, match="this rank is not a member"):
+        SyncAccumBatchNorm(3, process_group=MPI.COMM_NULL)
+    if comm.size > 1:
+        half = comm.Split(comm.rank % 2)
+        between = half.Create_intercomm(0, comm, 1 - comm.rank % 2)
+        with pytest.raises(ValueError, match="intercommunicator"):
+            SyncAccumBatchNorm(3, process_group=between)
+    freed = comm.Dup()
+    layers = make_layers(freed, a=3)
+    freed.Free()
+    with pytest.raises(ValueError, match="it was freed"):
+        commit(layers)

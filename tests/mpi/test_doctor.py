@@ -1,0 +1,26 @@
+"""The doctor under mpirun: facts, commit and all-reduces, over gloo and over MPI."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.mpi import jobs
+
+
+@pytest.mark.parametrize("implementation", jobs.IMPLEMENTATIONS)
+def test_a_healthy_job(implementation: str) -> None:
+    finished = jobs.run(implementation, 2, "-m", "syncaccum.doctor")
+    assert finished.returncode == 0, finished.stdout
+    assert "syncaccum doctor: 2 of 2 rank(s), on 1 node(s), gloo" in finished.stdout
+    assert {"openmpi": "Open MPI v", "mpich": "MPICH Version: "}[implementation] in finished.stdout
+    for transport in ("gloo", "mpi"):
+        assert f"commit over {transport}: as nn.BatchNorm on the global batch" in finished.stdout
+        assert sum(line.startswith(f"{transport} ") for line in finished.stdout.splitlines()) == 3
+
+
+@pytest.mark.parametrize("implementation", jobs.IMPLEMENTATIONS)
+def test_a_mistake_ends_the_job_with_its_remedy(implementation: str) -> None:
+    finished = jobs.run(implementation, 2, "-m", "syncaccum.doctor", GLOO_SOCKET_IFNAME="nonesuch0")
+    assert finished.returncode != 0
+    assert "PROBLEM (ranks 0-1): GLOO_SOCKET_IFNAME names 'nonesuch0'" in finished.stdout
+    assert "remedy: set GLOO_SOCKET_IFNAME" in finished.stdout
