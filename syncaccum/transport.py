@@ -16,6 +16,11 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
+
+# DDP imports it, and its functions then keep the default group of that moment as their arguments' default, for good:
+# destroy_process_group() no longer ends gloo's threads, and one that frees a message's tensor while Python exits aborts
+# the process. Imported here, which is before a group exists in most programs, it keeps nothing.
+import torch.distributed.nn.functional
 from torch import Tensor
 
 from syncaccum.errors import CommitError

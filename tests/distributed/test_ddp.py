@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,3 +189,14 @@ def test_commit_sees_through_ddp_and_compile(rank: Rank, compile_outside: bool, 
         with torch.no_grad():
             reference(gather_global_batch([convolution(x) for x in window]))
         assert_statistics_equal(first, reference)
+
+
+def test_destroying_the_process_group_ends_its_threads() -> None:
+    """One that is left may abort the process while Python exits, after all else went well."""
+    program = Path(__file__).with_name("leave_group.py")
+    command = [sys.executable, "-m", f"tests.distributed.{program.stem}"]
+    finished = subprocess.run(command, cwd=program.parents[2], capture_output=True, text=True, timeout=100)
+
+    assert finished.returncode == 0, finished.stderr
+    assert "gloo" not in finished.stdout
+    assert finished.stdout.strip()  # it did look
