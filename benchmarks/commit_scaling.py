@@ -30,7 +30,7 @@ from benchmarks.commit_speed import resnet50_widths, timed
 from benchmarks.processes import run_on_ranks
 from benchmarks.report import RESULTS, Figure, publish
 from syncaccum import SyncAccumBatchNorm, commit
-from syncaccum.layout import HEADER
+from syncaccum.ranks.agreement import HEADER
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 RANKS = (2, 4, 8, 16)

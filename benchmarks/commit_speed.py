@@ -20,7 +20,8 @@ from torch import nn
 from benchmarks.processes import run_on_ranks
 from benchmarks.report import Figure, publish
 from syncaccum import SyncAccumBatchNorm, commit
-from syncaccum.layout import HEADER, Layout
+from syncaccum.ranks.agreement import HEADER
+from syncaccum.window.layout import Layout
 
 RANKS = 2
 ROUNDS = 400
@@ -52,7 +53,7 @@ class Floor:
         self.windows = [torch.ones(1 + 2 * width, dtype=torch.float64) for width in widths]
         self.statistics = [torch.zeros(width) for _ in range(2) for width in widths]
         self.counters = [torch.tensor(0) for _ in widths]
-        _, self.at_count, self.at_sums = Layout.describe(tuple((str(i), w) for i, w in enumerate(widths))).indices(
+        _, self.at_count, self.at_sums = Layout.of(tuple((str(i), w) for i, w in enumerate(widths))).indices(
             torch.device("cpu")
         )
         self.header = torch.zeros(HEADER, dtype=torch.float64)

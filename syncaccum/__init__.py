@@ -1,8 +1,5 @@
 """BatchNorm that sees the global batch across micro-batches and ranks."""
 
-from syncaccum.batchnorm import SyncAccumBatchNorm
-from syncaccum.commit import CommitReport, commit
-from syncaccum.convert import AccumulateBatchNorm, convert_sync_accum, revert_sync_accum
 from syncaccum.errors import (
     CommitError,
     LayoutMismatchError,
@@ -11,11 +8,14 @@ from syncaccum.errors import (
     NonFiniteStatisticsError,
     TooFewValuesError,
 )
-from syncaccum.join import join
-from syncaccum.lockstep import lockstep
+from syncaccum.exact.lockstep import lockstep
+from syncaccum.layer.batchnorm import SyncAccumBatchNorm
+from syncaccum.layer.convert import AccumulateBatchNorm, convert_sync_accum, revert_sync_accum
 from syncaccum.moments import Moments
-from syncaccum.step_hook import commit_on_step
-from syncaccum.window import discard, gather_window_state_dict, load_window_state_dict, window_state_dict
+from syncaccum.window.commit import CommitReport, commit
+from syncaccum.window.join import join
+from syncaccum.window.saved import discard, gather_window_state_dict, load_window_state_dict, window_state_dict
+from syncaccum.window.step_hook import commit_on_step
 
 __all__ = [
     "AccumulateBatchNorm",

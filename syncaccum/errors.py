@@ -1,4 +1,4 @@
-"""What can go wrong in a commit, as exceptions that every rank of the group raises alike."""
+"""What can go wrong between ranks and micro-batches, as exceptions. Every rank of a group raises the same."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from syncaccum.layout import HEADER
-from syncaccum.transport import Transport, gather_objects
+from syncaccum.ranks.agreement import HEADER
+from syncaccum.ranks.transport import Transport
 
 # One number; all windows of ResNet-50's BatchNorm layers, as a commit sends them; its parameters' float32 gradients.
 RESNET50_LAYERS, RESNET50_CHANNELS = 53, 26_560

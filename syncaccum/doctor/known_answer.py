@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from syncaccum.batchnorm import SyncAccumBatchNorm
-from syncaccum.commit import commit
+from syncaccum.layer.batchnorm import SyncAccumBatchNorm
 from syncaccum.transport import Group
+from syncaccum.window.commit import commit
 
 # The moving average of each momentum, and the cumulative one.
 _LAYERS: dict[str, tuple[int, float | None]] = {"moving": (3, 0.1), "cumulative": (8, None)}

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from syncaccum.batchnorm import SyncAccumBatchNorm
-from syncaccum.commit import tracking_layers
-from syncaccum.convert import convert_sync_accum
 from syncaccum.errors import LayoutMismatchError
+from syncaccum.layer.batchnorm import SyncAccumBatchNorm
+from syncaccum.layer.convert import convert_sync_accum
 from syncaccum.layout import NamedLayer, verify_layout
 from syncaccum.transport import Group, gather_objects, transport_over
+from syncaccum.window.commit import tracking_layers
 
 
 @dataclass(frozen=True)

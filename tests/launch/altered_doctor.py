@@ -16,7 +16,7 @@ from torch import Tensor
 import syncaccum
 from syncaccum import transport
 from syncaccum.doctor import __main__, measurement
-from syncaccum.layout import HEADER
+from syncaccum.ranks.agreement import HEADER
 
 
 def replace_versions() -> None:

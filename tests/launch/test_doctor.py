@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.commit_speed import resnet50_widths
-from syncaccum.layout import HEADER
+from syncaccum.ranks.agreement import HEADER
 from tests.launch import doctor_jobs
 from tests.launch.jobs import CHECKOUT, make_environment
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from syncaccum import lockstep
-from syncaccum.offload import HostStore, Parked
+from syncaccum.exact.offload import HostStore, Parked
 from tests.unit.test_lockstep import assert_same_gradients, images, pair
 
 DEVICE = SimpleNamespace(type="device")
@@ -72,7 +72,7 @@ class DeviceStore(HostStore):
 
 def run_offloaded(model: nn.Module, parts: list[Tensor], forward: Any = None) -> tuple[list[Any], DeviceStore]:
     # By module: the package has a function of that name, too.
-    with patch.object(sys.modules["syncaccum.lockstep"], "HostStore", DeviceStore):
+    with patch.object(sys.modules["syncaccum.exact.lockstep"], "HostStore", DeviceStore):
         outputs = lockstep(model, forward or model, parts, offload="cpu")
     return outputs, DeviceStore.made.pop()
 

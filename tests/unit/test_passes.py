@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from syncaccum.measure import measure
-from syncaccum.normalization import Batch, Normalizer, Policy, Renorm, Running
-from syncaccum.passes import normalize
+from syncaccum.layer.measure import measure
+from syncaccum.layer.passes import normalize
+from syncaccum.layer.policies import Batch, Normalizer, Policy, Renorm, Running
 
 C = 3
 SHAPES = [(5, C), (4, C, 6), (3, C, 4, 5), (2, C, 2, 3, 2), (1, C, 7), (2, C, 1, 1), (1, C)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from syncaccum.thread_state import ThreadState
+from syncaccum.exact.thread_state import ThreadState
 
 
 class _Cancelled(BaseException):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn, cast
@@ -12,16 +12,16 @@ from typing import NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from syncaccum import uneven
-from syncaccum.batchnorm import SyncAccumBatchNorm
-from syncaccum.errors import (
-    CommitError,
-    NoLayersError,
-    NonFiniteStatisticsError,
-    TooFewValuesError,
-)
-from syncaccum.layout import HEADER, Layout, NamedLayer, raise_layout_mismatch, verify_layout
-from syncaccum.transport import Group, Transport, gather_objects, resolve_group, transport_over
+from syncaccum.errors import NonFiniteStatisticsError, TooFewValuesError
+from syncaccum.layer import surroundings
+from syncaccum.layer.state import Accumulating, commit_momentum
+from syncaccum.ranks.agreement import HEADER, Fingerprint
+from syncaccum.ranks.connect import connect, gather_texts
+from syncaccum.ranks.groups import Group
+from syncaccum.ranks.transport import Transport
+from syncaccum.torch_private import add_to_all, buffers_of, copy_all, zero_all
+from syncaccum.window.layers import NamedLayer, for_each_group, tracking_layers
+from syncaccum.window.layout import Layout, raise_layout_mismatch, verify_layout
 
 
 @dataclass(frozen=True)
@@ -86,119 +86,55 @@ def to_seconds(timeout: float | timedelta | None) -> float | None:
     return seconds
 
 
-def tracking_layers(model: nn.Module) -> list[NamedLayer]:
-    """The named layers of a model that take part in its commits, in module order, each once."""
-    layers = [(name, layer) for name, layer in named_layers(model) if layer.track_running_stats]
-    if not layers:
-        raise NoLayersError(f"no SyncAccumBatchNorm layer of {type(model).__name__} tracks statistics")
-    return layers
-
-
-def named_layers(model: nn.Module) -> list[NamedLayer]:
-    """All SyncAccumBatchNorm layers of a model with their names, in module order, each once."""
-    layers: list[NamedLayer] = []
-    wrapped: set[str] = set()
-    for name, module in model.named_modules():
-        if type(module).__name__ in _WRAPPERS:
-            wrapped.add(f"{name}.{_WRAPPERS[type(module).__name__]}".removeprefix("."))
-        if isinstance(module, SyncAccumBatchNorm):
-            layers.append((_unwrap_name(name, wrapped) or type(module).__name__, module))
-    if not layers:
-        raise NoLayersError(
-            f"{type(model).__name__} has no SyncAccumBatchNorm layer: call convert_sync_accum(model) first "
-            "(torch's SyncBatchNorm.convert_sync_batchnorm undoes it)"
-        )
-    return layers
-
-
-# Modules that stand for another one, and the name they hold it by. Ranks and checkpoints may wrap differently.
-_WRAPPERS = {
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "OptimizedModule": "_orig_mod",
-    "CheckpointWrapper": "_checkpoint_wrapped_module",
-    "FullyShardedDataParallel": "_fsdp_wrapped_module",
-}
-
-
-def _unwrap_name(name: str, wrapped: set[str]) -> str:
-    """A layer's name without the parts that wrappers put into it."""
-    if not wrapped:
-        return name
-    parts = name.split(".")
-    return ".".join(part for i, part in enumerate(parts) if ".".join(parts[: i + 1]) not in wrapped)
-
-
 def commit_layers(layers: Sequence[NamedLayer], timeout: float | None = None) -> CommitReport:
     """Commit these layers, whatever module they are in. Collective."""
     start = time.perf_counter()
-    if (open_join := uneven.current()) is not None:
-        open_join.announce_commit(layers)
-    applied: list[str] = []
+    if (join := surroundings.open_join()) is not None:
+        join.announce_commit([layer for _, layer in layers])
     values: dict[str, int] = {}
-    ranks = 1
+    ranks: list[int] = []
 
     def commit_group(group: Group, members: Sequence[NamedLayer]) -> None:
-        nonlocal ranks
-        counts, size = _commit_group(group, members, timeout)
-        ranks = max(ranks, size)
-        for (name, _), count in zip(members, counts, strict=True):
-            values[name] = count
-            if count > 0:
-                applied.append(name)
+        transport = connect(group, timeout)
+        counts = _commit_group(group, transport, members)
+        values.update((name, n) for (name, layer), n in zip(members, counts, strict=True) if _is_ours(layer, n))
+        ranks.append(transport.size)
 
     for_each_group(layers, commit_group)
-    return CommitReport(tuple(applied), values, ranks, time.perf_counter() - start)
+    applied = tuple(name for name, count in values.items() if count > 0)
+    return CommitReport(applied, values, max(ranks), time.perf_counter() - start)
 
 
-def for_each_group(layers: Sequence[NamedLayer], act: Callable[[Group, Sequence[NamedLayer]], None]) -> None:
-    """Do something collective with the layers of each group; raises the first CommitError after the last group.
-
-    A failure in one group must not keep this rank from the next group's all-reduce: its peers wait there.
-    """
-    first_error: CommitError | None = None
-    for group, members in _group_layers(layers).items():
-        try:
-            act(group, members)
-        except CommitError as error:
-            first_error = first_error or error
-    if first_error is not None:
-        raise first_error
-
-
-def _group_layers(layers: Sequence[NamedLayer]) -> dict[Group, list[NamedLayer]]:
-    """Layers by resolved group, both in module order, which is the same on all ranks."""
-    by_group: dict[Group, list[NamedLayer]] = {}
-    default = resolve_group(None)  # once: this runs at every commit, for some hundred layers
-    for named in layers:
-        group = named[1].process_group
-        by_group.setdefault(default if group is None else resolve_group(group), []).append(named)
-    return by_group
+def _is_ours(layer: Accumulating, count: int) -> bool:
+    """Whether to report the layer: not one that turned out to normalise by itself."""
+    return count > 0 or not layer._accumulation.normalises_itself
 
 
 @torch.no_grad()
-def _commit_group(group: Group, members: Sequence[NamedLayer], timeout: float | None) -> tuple[list[int], int]:
-    transport = transport_over(group, timeout)
+def _commit_group(group: Group, transport: Transport, members: Sequence[NamedLayer]) -> list[int]:
     layout, message_size = verify_layout(group, transport, members)
-    windows = [layer._window for _, layer in members]
-    reduced = reduce_windows(transport, layout, message_size, windows)
+    windows = [layer._accumulation.window for _, layer in members]
+    reduced = reduce_windows(transport, layout.fingerprint, message_size, windows)
     counts = _judge(group, transport, layout, members, reduced)
     seen = [layer for (_, layer), count in zip(members, counts, strict=True) if count > 0]
     if len(seen) == len(members):
         _apply(layout, seen, reduced)
     elif seen:
         _apply_to_some(layout, counts, seen, reduced)
-    return counts, transport.size
+    return counts
 
 
-def reduce_windows(transport: Transport, layout: Layout, message_size: int, windows: Sequence[Tensor]) -> Tensor:
-    """The message of ``layout`` summed over the ranks, header included, where the windows live. Collective."""
+def reduce_windows(
+    transport: Transport, fingerprint: Fingerprint, message_size: int, windows: Sequence[Tensor]
+) -> Tensor:
+    """A header and these windows summed over the ranks, where the windows live. Collective."""
     home = windows[0].device
-    header = torch.tensor(layout.header(new=False), dtype=torch.float64, device=home)
-    padding = header.new_zeros(message_size - layout.message_size)
+    header = torch.tensor(fingerprint.header(), dtype=torch.float64, device=home)
+    size = HEADER + sum(window.numel() for window in windows)
+    padding = header.new_zeros(message_size - size)
     message = _concatenate([header, *windows, padding], transport.choose_device(home))
     transport.all_reduce(message)
-    return message[: layout.message_size].to(home)
+    return message[:size].to(home)
 
 
 def _concatenate(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -214,10 +150,11 @@ def _judge(
 ) -> list[int]:
     """Values per channel by layer; raises on what no rank may apply. Reduced values only, so all ranks agree."""
     at, *_ = layout.indices(reduced.device)
-    # One transfer: on a GPU each would wait for the device. NaN and Inf survive a sum, which is the fastest look.
+    # One transfer: on a GPU each would wait for the device.
+    # NaN and Inf survive a sum, which is the fastest look.
     *verdict, checksum = torch.cat([reduced[:HEADER], reduced[at], reduced.sum().reshape(1)]).tolist()
     header, counts = verdict[:HEADER], verdict[HEADER:]
-    if not layout.agrees(header, transport.size, new=False):
+    if not layout.fingerprint.agrees(header, transport.size):
         raise_layout_mismatch(group, transport, members)
     if not math.isfinite(checksum):
         _raise_non_finite(transport, members)
@@ -231,8 +168,9 @@ def _judge(
 
 
 def _raise_non_finite(transport: Transport, members: Sequence[NamedLayer]) -> NoReturn:
-    ours = [name for name, layer in members if not layer._window.isfinite().all()]
-    by_rank = gather_objects(transport, ours)
+    """Name the layers and ranks. Collective."""
+    ours = [name for name, layer in members if not layer._accumulation.window.isfinite().all()]
+    by_rank = gather_texts(transport, ours)
     where = "; ".join(f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(by_rank) if names)
     raise NonFiniteStatisticsError(
         f"NaN or Inf in the window ({where or 'only in the sum over ranks'}); running statistics are unchanged and "
@@ -240,16 +178,15 @@ def _raise_non_finite(transport: Transport, members: Sequence[NamedLayer]) -> No
     )
 
 
-def _apply_to_some(layout: Layout, counts: Sequence[int], seen: Sequence[SyncAccumBatchNorm], reduced: Tensor) -> None:
+def _apply_to_some(layout: Layout, counts: Sequence[int], seen: Sequence[Accumulating], reduced: Tensor) -> None:
     """Apply, leaving out the layers that no rank has seen data for."""
-    sizes = [HEADER, *(1 + 2 * width for width in layout.widths)]
-    header, *sums = torch.split(reduced, sizes)
+    header, *sums = torch.split(reduced, layout.sizes)
     kept = [s for s, count in zip(sums, counts, strict=True) if count > 0]
     key = tuple(k for k, count in zip(layout.key, counts, strict=True) if count > 0)
-    _apply(Layout.describe(key), seen, torch.cat([header, *kept]))
+    _apply(Layout.of(key), seen, torch.cat([header, *kept]))
 
 
-def _apply(layout: Layout, layers: Sequence[SyncAccumBatchNorm], reduced: Tensor) -> None:
+def _apply(layout: Layout, layers: Sequence[Accumulating], reduced: Tensor) -> None:
     """Fold the reduced sums into the running statistics, and start a new window.
 
     All channels of all layers at once: per-layer operations would take longer than the all-reduce.
@@ -259,26 +196,29 @@ def _apply(layout: Layout, layers: Sequence[SyncAccumBatchNorm], reduced: Tensor
     update = reduced.index_select(0, at_sums).view(2, -1).div_(n)  # mean, and mean of squares
     mean, variance = update.unbind()
     variance.addcmul_(mean, mean, value=-1).clamp_min_(0).mul_(n / (n - 1))
-    factor = _factors(layers, layout, reduced.device)
-    # Straight from the dict: nn.Module looks attributes up in four places, which adds up over some hundred.
-    current = [cast(Tensor, layer._buffers[name]) for name in ("running_mean", "running_var") for layer in layers]
+    buffers = [buffers_of(layer) for layer in layers]
+    current = [cast(Tensor, b[name]) for name in ("running_mean", "running_var") for b in buffers]
     old = _concatenate(current, reduced.device).to(torch.float64).view(2, -1)
-    new = torch.lerp(old, update, factor).view(-1)
-    torch._foreach_copy_(current, torch.split(new, list(layout.widths * 2)))
-    torch._foreach_add_([cast(Tensor, layer._buffers["num_batches_tracked"]) for layer in layers], 1)
-    torch._foreach_zero_([layer._window for layer in layers])
+    new = torch.lerp(old, update, _factors(layers, layout, reduced.device)).view(-1)
+    copy_all(current, torch.split(new, list(layout.widths * 2)))
+    counters = [batches for b in buffers if (batches := b["num_batches_tracked"]) is not None]
+    add_to_all(counters, 1)
+    zero_all([layer._accumulation.window for layer in layers])
     for layer in layers:
-        layer._count_open_micro_batches(0)
+        layer._accumulation.micro_batches = 0
 
 
-def _factors(layers: Sequence[SyncAccumBatchNorm], layout: Layout, device: torch.device) -> Tensor | float:
+def _factors(layers: Sequence[Accumulating], layout: Layout, device: torch.device) -> Tensor | float:
     """How much of the new statistics to take: momentum, or 1 / (batches so far, this one included)."""
-    momenta = {layer.momentum for layer in layers}
-    if len(momenta) == 1 and None not in momenta:
-        return cast(float, momenta.pop())
-    factors = [
-        layer.momentum if layer.momentum is not None else 1.0 / (int(cast(Tensor, layer.num_batches_tracked)) + 1)
-        for layer in layers
-    ]
+    momenta = [commit_momentum(layer) for layer in layers]
+    if None not in momenta and len(set(momenta)) == 1:
+        return cast(float, momenta[0])
+    factors = [_count_in(layer) if m is None else m for layer, m in zip(layers, momenta, strict=True)]
     widths = torch.tensor(layout.widths, device=device)
     return torch.tensor(factors, dtype=torch.float64, device=device).repeat_interleave(widths)
+
+
+def _count_in(layer: Accumulating) -> float:
+    """The share of the next batch in a cumulative average; 0 without a counter, as in nn.BatchNorm."""
+    batches = buffers_of(layer)["num_batches_tracked"]
+    return 0.0 if batches is None else 1.0 / (int(batches) + 1)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from syncaccum.batchnorm import SyncAccumBatchNorm
-from syncaccum.commit import for_each_group, reduce_windows, tracking_layers
-from syncaccum.layout import HEADER, Layout, NamedLayer, raise_layout_mismatch, verify_layout
-from syncaccum.transport import Group, Transport, resolve_group, transport_over
+from syncaccum.layer.state import Accumulating
+from syncaccum.ranks.agreement import HEADER, Fingerprint
+from syncaccum.ranks.connect import connect
+from syncaccum.ranks.groups import Group, resolve_group
+from syncaccum.window.commit import reduce_windows
+from syncaccum.window.layers import NamedLayer, for_each_group, tracking_layers
+from syncaccum.window.layout import raise_layout_mismatch, verify_layout
 
 
 def discard(model: nn.Module) -> None:
@@ -24,7 +26,7 @@ def discard(model: nn.Module) -> None:
         NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
     """
     for _, layer in tracking_layers(model):
-        layer.discard()
+        layer._accumulation.drop()
 
 
 def window_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -40,7 +42,7 @@ def window_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
     """
-    return {name: layer._window.clone() for name, layer in tracking_layers(model)}
+    return {name: layer._accumulation.window.clone() for name, layer in tracking_layers(model)}
 
 
 @torch.no_grad()
@@ -58,8 +60,8 @@ def gather_window_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
         LayoutMismatchError: layers differ between ranks, or some ranks commit while others gather.
-        CommitError: a peer is gone, stuck or did not call this until the group's timeout.
-        RuntimeError: this is one of several ranks, and the process group is yet to be initialised.
+        CommitError: a peer is gone, stuck or did not call this until the group's timeout; or this is one of several
+            ranks, and the process group is yet to be initialised.
 
     Example::
 
@@ -72,20 +74,20 @@ def gather_window_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> load_window_state_dict(model, state["windows"])
     """
     layers = tracking_layers(model)
-    gathered: dict[str, Tensor] = {}
-    for_each_group(layers, lambda group, members: gathered.update(_gather_group(group, members)))
-    return {name: gathered[name] for name, _ in layers}
+    by_group = for_each_group(layers, _gather_group)
+    return {name: windows[name] for name, _ in layers for windows in by_group if name in windows}
 
 
 def _gather_group(group: Group, members: Sequence[NamedLayer]) -> dict[str, Tensor]:
-    transport = _connect(group)
+    transport = connect(group)
     layout, message_size = verify_layout(group, transport, members)
-    # A fingerprint of its own: a peer that commits meanwhile must not take this for a commit, nor we its sums.
-    gathering = Layout.describe(layout.key, "gather")
-    reduced = reduce_windows(transport, gathering, message_size, [layer._window for _, layer in members])
-    if not gathering.agrees(reduced[:HEADER].tolist(), transport.size, new=False):
-        raise_layout_mismatch(group, transport, members)
-    sums = torch.split(reduced[HEADER:], [1 + 2 * width for width in layout.widths])
+    # Of its own: a peer that commits meanwhile must not take this for a commit.
+    fingerprint = Fingerprint.of(layout.key, "gather")
+    windows = [layer._accumulation.window for _, layer in members]
+    reduced = reduce_windows(transport, fingerprint, message_size, windows)
+    if not fingerprint.agrees(reduced[:HEADER].tolist(), transport.size):
+        raise_layout_mismatch(group, transport, members, "gather_window_state_dict")
+    _, *sums = torch.split(reduced, layout.sizes)
     return {name: window.clone().unsqueeze(0) for (name, _), window in zip(members, sums, strict=True)}
 
 
@@ -104,7 +106,7 @@ def load_window_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> Non
         ValueError: a layer is missing, unknown, or of another width or dtype, or a count is none; then nothing was
             loaded.
         NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
-        RuntimeError: shares are to be dealt out, this is one of several ranks, and the process group is yet to be
+        CommitError: shares are to be dealt out, this is one of several ranks, and the process group is yet to be
             initialised.
     """
     layers = dict(tracking_layers(model))
@@ -118,11 +120,11 @@ def load_window_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> Non
         _check_fit(name, layer, state[name])
     windows = [_take_share(layer, state[name]) for name, layer in layers.items()]
     for layer, window in zip(layers.values(), windows, strict=True):
-        layer._window.copy_(window)
+        layer._accumulation.window.copy_(window)
 
 
-def _check_fit(name: str, layer: SyncAccumBatchNorm, saved: Tensor) -> None:
-    size = layer._window.numel()
+def _check_fit(name: str, layer: Accumulating, saved: Tensor) -> None:
+    size = layer._accumulation.window.numel()
     if saved.dim() not in (1, 2) or saved.shape[-1] != size or saved.dtype != torch.float64:
         raise ValueError(
             f"the window state does not fit layer {name}: expected float64 of shape ({size},), or (shares, {size}), "
@@ -139,19 +141,8 @@ def _check_fit(name: str, layer: SyncAccumBatchNorm, saved: Tensor) -> None:
         )
 
 
-def _take_share(layer: SyncAccumBatchNorm, saved: Tensor) -> Tensor:
+def _take_share(layer: Accumulating, saved: Tensor) -> Tensor:
     if saved.dim() == 1:
         return saved
-    transport = _connect(resolve_group(layer.process_group))
+    transport = connect(resolve_group(layer._accumulation.handle.group))
     return saved[transport.rank :: transport.size].sum(0)
-
-
-def _connect(group: Group) -> Transport:
-    """The transport of a resolved group; refuses a process that takes itself for alone, and is not."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if group is None and ranks > 1:
-        raise RuntimeError(
-            f"this is one of {ranks} ranks (WORLD_SIZE), and which one is not known before "
-            "torch.distributed.init_process_group(): call that first, or each would count all windows as its own"
-        )
-    return transport_over(group)

@@ -2,7 +2,7 @@
 
 Whatever the policy, every forward is ``y = a x + b`` per channel and every backward is ``dx = A dy + B x + C``
 with the sums of dy and dy*x_hat: moments of x, affine of x, moments of dy, affine of dy and x. Policies differ in
-C-sized arithmetic only (`normalization`).
+C-sized arithmetic only (`policies`).
 
 The first pass is in `measure`; the two memory orders in which data is seen are in `memory_order`.
 """
@@ -15,32 +15,33 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from syncaccum.measure import Measured, channel_origin, measure, pack_sums
-from syncaccum.memory_order import as_columns, is_rows, make_dense, match_order, per_channel
-from syncaccum.normalization import Batch, Normalizer, Policy
+from syncaccum.layer.measure import Measured, channel_origin, measure
+from syncaccum.layer.memory_order import as_columns, is_rows, make_dense, match_order, per_channel
+from syncaccum.layer.policies import Normalizer, Policy
+from syncaccum.moments import pack_statistics
 
 ReduceSums = Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
 
 
 def apply_normalizer(
-    x: Tensor, measured: Measured, weight: Tensor | None, bias: Tensor | None, to: Normalizer
+    x: Tensor, measured: Measured, weight: Tensor | None, bias: Tensor | None, norm: Normalizer
 ) -> Tensor:
-    """Second pass: the output, in x's dtype and memory order. ``to`` is in the precision of the values."""
-    return _apply_affine(measured.values, to.center, _slope(to, weight), _shift(to, weight, bias)).to(x.dtype)
+    """Second pass: the output, in x's dtype and memory order. ``norm`` is in the precision of the values."""
+    return _apply_affine(measured.values, norm.center, _slope(norm, weight), _shift(norm, weight, bias)).to(x.dtype)
 
 
-def _cast_for(measured: Measured, to: Normalizer, cast: Normalizer) -> Normalizer:
-    """``cast``, which is ``to`` in the precision of the values, for values that may be shifted."""
+def _shift_center(measured: Measured, norm: Normalizer, narrow: Normalizer) -> Normalizer:
+    """``narrow``, which is ``norm`` in the precision of the values, for values that may be shifted."""
     if measured.origin is None:
-        return cast
-    return cast._replace(center=(to.center - measured.origin).to(measured.values.dtype))
+        return narrow
+    return narrow._replace(center=(norm.center - measured.origin).to(measured.values.dtype))
 
 
 def _apply_affine(x: Tensor, center: Tensor, slope: Tensor, shift: Tensor | None) -> Tensor:
     """A new tensor, (x - center) slope + shift, per channel."""
     if is_rows(x) or x.is_cuda:
-        # nn.BatchNorm's eval forward: the one kernel that walks rows once. addcmul does not vectorise over two
-        # broadcast rows and takes six times as long; in columns it is the faster one.
+        # nn.BatchNorm's eval forward: the one kernel that walks rows once.
+        # addcmul takes six times as long in rows; in columns it is faster.
         shift = None if shift is None else shift.to(x.dtype)
         return torch.native_batch_norm(x, slope.to(x.dtype), shift, center, torch.ones_like(center), False, 0.0, 0.0)[0]
     intercept = _intercept(center, slope, shift).to(x.dtype)
@@ -51,70 +52,72 @@ def _intercept(center: Tensor, slope: Tensor, shift: Tensor | None) -> Tensor:
     return -center * slope if shift is None else torch.addcmul(shift, center, slope, value=-1)
 
 
-def _shift(to: Normalizer, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    if to.offset is None:
+def _shift(norm: Normalizer, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    if norm.offset is None:
         return bias
-    shift = to.offset if weight is None else to.offset * weight
+    shift = norm.offset if weight is None else norm.offset * weight
     return shift if bias is None else shift + bias
 
 
-def _slope(to: Normalizer, weight: Tensor | None) -> Tensor:
-    slope = to.scale if to.gain is None else to.scale * to.gain
+def _slope(norm: Normalizer, weight: Tensor | None) -> Tensor:
+    slope = norm.scale if norm.gain is None else norm.scale * norm.gain
     return slope if weight is None else slope * weight
 
 
 def gradients_of_own_statistics(
-    dy: Tensor, x: Tensor, weight: Tensor | None, to: Normalizer, needed: list[bool]
+    dy: Tensor, x: Tensor, weight: Tensor | None, norm: Normalizer, needed: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Third and fourth pass in one, for dense dy and x in the same order; gradients of x, weight and bias.
 
     Where the statistics are this micro-batch's alone, torch has a kernel for both.
     """
-    weight = None if weight is None else weight.to(to.center.dtype)
+    weight = None if weight is None else weight.to(norm.center.dtype)
     columns = not is_rows(x)
     dy_, x_ = (as_columns(dy), as_columns(x)) if columns else (dy, x)
     dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-        dy_, x_, weight, None, None, to.center, to.scale, True, 0.0, needed
+        dy_, x_, weight, None, None, norm.center, norm.scale, True, 0.0, needed
     )
     if columns and dx is not None:
         dx = dx.as_strided(x.shape, x.stride())
     return dx, dweight, dbias
 
 
-def gradient_sums(dy: Tensor, x: Tensor, to: Normalizer) -> tuple[Tensor, Tensor]:
+def gradient_sums(dy: Tensor, x: Tensor, norm: Normalizer) -> tuple[Tensor, Tensor]:
     r"""Third pass: :math:`\sum dy` and :math:`\sum dy\,\hat x` of dense dy and x in the same order."""
     if x.numel() == 0:
-        zeros = torch.zeros_like(to.center)
+        zeros = torch.zeros_like(norm.center)
         return zeros, zeros
     if not is_rows(x):
         dy, x = as_columns(dy), as_columns(x)
     # The reduction that torch's own BatchNorm uses; it subtracts the center before it multiplies.
     _, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
-        dy, x, None, None, None, to.center, to.scale, True, 0.0, [False, True, True]
+        dy, x, None, None, None, norm.center, norm.scale, True, 0.0, [False, True, True]
     )
     return sum_dy, sum_dy_xhat
 
 
-def apply_gradient(dy: Tensor, x: Tensor, weight: Tensor | None, to: Normalizer, sums: tuple[Tensor, Tensor]) -> Tensor:
+def apply_gradient(
+    dy: Tensor, x: Tensor, weight: Tensor | None, norm: Normalizer, sums: tuple[Tensor, Tensor]
+) -> Tensor:
     """Fourth pass: the gradient of x, in x's dtype and memory order."""
-    wide = to.center.dtype
-    slope = _slope(to, weight)
+    wide = norm.center.dtype
+    slope = _slope(norm, weight)
     a = per_channel(slope.to(wide), x)
-    if to.feedback is None:
+    if norm.feedback is None:
         return (dy * a).to(x.dtype)
     sum_dy, sum_dy_xhat = sums
-    pull = slope * -to.feedback
-    b = pull * to.scale * sum_dy_xhat
-    return _apply_affine(x.to(wide), to.center, b, pull * sum_dy).addcmul_(dy, a).to(x.dtype)
+    pull = slope * -norm.feedback
+    b = pull * norm.scale * sum_dy_xhat
+    return _apply_affine(x.to(wide), norm.center, b, pull * sum_dy).addcmul_(dy, a).to(x.dtype)
 
 
-def parameter_gradients(to: Normalizer, sums: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def parameter_gradients(norm: Normalizer, sums: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The gradients of weight and bias, from the two sums."""
     sum_dy, dweight = sums
-    if to.gain is not None:
-        dweight = dweight * to.gain
-    if to.offset is not None:
-        dweight = dweight + sum_dy * to.offset
+    if norm.gain is not None:
+        dweight = dweight * norm.gain
+    if norm.offset is not None:
+        dweight = dweight + sum_dy * norm.offset
     return dweight, sum_dy
 
 
@@ -133,9 +136,9 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Pol
         return _compose(x, weight, bias, policy)
     with torch.no_grad():
         measured = measure(x)
-        to = policy.normalizer(measured.n, measured.mean, measured.variance)
+        norm = policy.normalizer(measured.n, measured.mean, measured.variance)
         sums = measured.sums()
-    (y,) = _apply_normalize(to, [measured], weight, bias, None, policy, x)
+    (y,) = _apply_normalize(norm, [measured], weight, bias, None, policy, x)
     return y, sums
 
 
@@ -144,17 +147,17 @@ def normalize_together(
     measured: Sequence[Measured],
     weight: Tensor | None,
     bias: Tensor | None,
-    to: Normalizer,
+    norm: Normalizer,
     reduce_sums: ReduceSums | None,
 ) -> tuple[Tensor, ...]:
     """Normalise several dense micro-batches with statistics that all of them took part in.
 
     Args:
-        to: from the moments of everyone's micro-batches; its feedback counts all their values.
+        norm: from the moments of everyone's micro-batches; its feedback counts all their values.
         reduce_sums: from this process's two sums of the backward to everyone's, collective where the moments were;
             None where there is nobody else.
     """
-    return _apply_normalize(to, measured, weight, bias, reduce_sums, None, *xs)
+    return _apply_normalize(norm, measured, weight, bias, reduce_sums, None, *xs)
 
 
 def _apply_normalize(*args: Any) -> tuple[Tensor, ...]:
@@ -165,12 +168,12 @@ class _Normalize(torch.autograd.Function):
     """Inputs that share their statistics, and with them a backward; an ordinary forward has one."""
 
     @staticmethod
-    def forward(ctx, to, measured, weight, bias, reduce_sums, policy, *xs):  # type: ignore[no-untyped-def]
+    def forward(ctx, norm, measured, weight, bias, reduce_sums, policy, *xs):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(weight, bias, *xs)
-        cast = to.cast(measured[0].values.dtype)
-        ctx.to, ctx.reduce_sums, ctx.policy = cast, reduce_sums, policy
+        narrow = norm.to_dtype(measured[0].values.dtype)
+        ctx.norm, ctx.reduce_sums, ctx.policy = narrow, reduce_sums, policy
         pairs = zip(xs, measured, strict=True)
-        return tuple(apply_normalizer(x, m, weight, bias, _cast_for(m, to, cast)) for x, m in pairs)
+        return tuple(apply_normalizer(x, m, weight, bias, _shift_center(m, norm, narrow)) for x, m in pairs)
 
     @staticmethod
     def backward(ctx, *dys):  # type: ignore[no-untyped-def]
@@ -181,16 +184,16 @@ class _Normalize(torch.autograd.Function):
         pairs = [(match_order(dy, x), x) for dy, x in zip(dys, xs, strict=True)]
         dweight: Tensor | None
         dbias: Tensor | None
-        if isinstance(ctx.policy, Batch):
+        if len(pairs) == 1 and ctx.reduce_sums is None and ctx.norm.is_plain:
             needed = [needs_x[0], needs_weight, needs_bias]
-            dx, dweight, dbias = gradients_of_own_statistics(*pairs[0], weight, ctx.to, needed)
+            dx, dweight, dbias = gradients_of_own_statistics(*pairs[0], weight, ctx.norm, needed)
             dxs = [dx]
         else:
-            local = _add_sums([gradient_sums(dy, x, ctx.to) for dy, x in pairs])
-            dweight, dbias = parameter_gradients(ctx.to, local)  # of this process: DDP adds up the others'
+            local = _add_sums([gradient_sums(dy, x, ctx.norm) for dy, x in pairs])
+            dweight, dbias = parameter_gradients(ctx.norm, local)  # of this process: DDP adds up the others'
             sums = local if ctx.reduce_sums is None else ctx.reduce_sums(local)
             dxs = [
-                apply_gradient(dy, x, weight, ctx.to, sums) if wanted else None
+                apply_gradient(dy, x, weight, ctx.norm, sums) if wanted else None
                 for (dy, x), wanted in zip(pairs, needs_x, strict=True)
             ]
         dweight = dweight.to(weight.dtype) if needs_weight and dweight is not None else None
@@ -231,8 +234,8 @@ def _compose(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Poli
     variance = centered.square().mean(dims).to(torch.float64)
     origin = origin.to(torch.float64)
     mean = origin + mean_of_shifted
-    to = policy.normalizer(n, mean, variance)
-    slope = _slope(to, weight)
-    intercept = _intercept(to.center - origin, slope, _shift(to, weight, bias))
+    norm = policy.normalizer(n, mean, variance)
+    slope = _slope(norm, weight)
+    intercept = _intercept(norm.center - origin, slope, _shift(norm, weight, bias))
     y = shifted * per_channel(slope.to(shifted.dtype), x) + per_channel(intercept.to(shifted.dtype), x)
-    return y.to(x.dtype), pack_sums(n, mean.detach(), variance.detach())
+    return y.to(x.dtype), pack_statistics(n, mean.detach(), variance.detach())

@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from syncaccum.commit import commit, to_seconds, tracking_layers
+from syncaccum.window.commit import commit, to_seconds
+from syncaccum.window.layers import tracking_layers
 
 
 def commit_on_step(

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncaccum.memory_order import as_columns, is_rows, per_channel
+from syncaccum.layer.memory_order import as_columns, is_rows, per_channel
+from syncaccum.moments import pack_statistics
 
 # A handful of positions is enough for `channel_origin`: see there.
 _ORIGIN_POSITIONS = 16
@@ -40,12 +41,7 @@ class Measured(NamedTuple):
 
     def sums(self) -> Tensor:
         """What to add to a window: packed moments."""
-        return pack_sums(self.n, self.mean, self.variance)
-
-
-def pack_sums(n: int, mean: Tensor, variance: Tensor) -> Tensor:
-    """Packed :class:`Moments` of n values per channel, from their float64 mean and population variance."""
-    return torch.cat((mean.new_ones(1), mean, torch.addcmul(variance, mean, mean))).mul_(n)
+        return pack_statistics(self.n, self.mean, self.variance)
 
 
 def measure(x: Tensor) -> Measured:

@@ -2,23 +2,25 @@
 
 torch keeps it by thread: grad and inference mode, autocast, saved-tensor hooks, function and dispatch modes (default
 device among them), the current CUDA device and stream. Python keeps context variables. The default dtype is the
-process's own. The private names of torch are used here alone, and tests check each kind of state.
+process's own. Tests check each kind of state.
 """
 
 from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch.overrides import _get_current_function_mode_stack
-from torch.overrides import _pop_mode as _pop_function_mode
-from torch.overrides import _push_mode as _push_function_mode
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
-from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
+
+from syncaccum.torch_private import (
+    dispatch_modes,
+    function_modes,
+    in_dispatch_mode,
+    in_function_mode,
+    saved_tensor_hooks,
+)
 
 
 class ThreadState:
@@ -32,9 +34,9 @@ class ThreadState:
             (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
         ]
         self._autocast_cache = torch.is_autocast_cache_enabled()
-        self._hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        self._function_modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-        self._dispatch_modes = _get_current_dispatch_mode_stack()
+        self._hooks = saved_tensor_hooks()
+        self._function_modes = function_modes()
+        self._dispatch_modes = dispatch_modes()
         self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
     def run(self, function: Callable[[], None]) -> None:
@@ -58,16 +60,6 @@ class ThreadState:
         if self._hooks is not None:
             yield torch.autograd.graph.saved_tensors_hooks(*self._hooks)
         for mode in self._dispatch_modes:
-            yield _pushed(mode, _push_dispatch_mode, _pop_dispatch_mode)
+            yield in_dispatch_mode(mode)
         for mode in self._function_modes:
-            yield _pushed(mode, _push_function_mode, _pop_function_mode)
-
-
-@contextmanager
-def _pushed(mode: Any, push: Callable[[Any], None], pop: Callable[[], Any]) -> Iterator[None]:
-    # Not by entering the mode: it is entered already, and some keep account of that.
-    push(mode)
-    try:
-        yield
-    finally:
-        pop()
+            yield in_function_mode(mode)

@@ -8,14 +8,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.nn.parallel import DistributedDataParallel
 
-from syncaccum import uneven
-from syncaccum.commit import commit, tracking_layers
 from syncaccum.errors import CommitError
-from syncaccum.layout import NamedLayer
-from syncaccum.transport import resolve_group, transport_over
+from syncaccum.layer import surroundings
+from syncaccum.ranks.connect import connect
+from syncaccum.ranks.groups import resolve_group
+from syncaccum.torch_private import set_join_settings
+from syncaccum.window.commit import commit
+from syncaccum.window.layers import tracking_layers
 
 _FORWARD, _COMMIT = 0.0, 1.0
 
@@ -58,22 +61,21 @@ def join(ddp: DistributedDataParallel) -> Iterator[None]:
     """
     if not isinstance(ddp, DistributedDataParallel):
         raise TypeError(f"join takes a DistributedDataParallel, got {type(ddp).__name__}")
-    if uneven.current() is not None:
+    if surroundings.open_join() is not None:
         raise RuntimeError("join inside join: this process can be in one at a time")
     joinable = _Joinable(ddp)
     context = Join([joinable])
-    # Of DDP's own join we need everything but its announcement of each forward, which is ours to make.
-    ddp._join_config = ddp._join_config._replace(enable=True, throw_on_early_termination=False, is_first_joinable=False)
+    # Of DDP's own join we need all but its announcement of each forward.
+    set_join_settings(ddp, enable=True, throw_on_early_termination=False, is_first_joinable=False)
     handle = ddp.register_forward_pre_hook(lambda *_: joinable.announce(_FORWARD))
-    uneven.enter(joinable)
     try:
-        yield
-        with warnings.catch_warnings(), context:
-            pass  # leaving it is what waits; torch sets a filter of warnings for the whole process there
+        with surroundings.joining(joinable):
+            yield
+            with warnings.catch_warnings(), context:
+                pass  # leaving it waits; torch sets a filter of warnings there
     finally:
-        uneven.enter(None)
         handle.remove()
-        ddp._join_config = ddp._join_config._replace(enable=False)
+        set_join_settings(ddp, enable=False)
 
 
 class _Joinable(Joinable):
@@ -82,8 +84,8 @@ class _Joinable(Joinable):
     def __init__(self, ddp: DistributedDataParallel) -> None:
         super().__init__()
         self.model = ddp
-        self._layers = [layer for _, layer in tracking_layers(ddp)]
-        self._transport = transport_over(resolve_group(self.join_process_group))
+        self._layers: list[nn.Module] = [layer for _, layer in tracking_layers(ddp)]
+        self._transport = connect(resolve_group(self.join_process_group))
         self._waiting = False
 
     def join_hook(self, **_: Any) -> JoinHook:
@@ -99,10 +101,10 @@ class _Joinable(Joinable):
     def join_process_group(self) -> Any:
         return self.model.join_process_group
 
-    def announce_commit(self, layers: Sequence[NamedLayer]) -> None:
+    def announce_commit(self, layers: Sequence[nn.Module]) -> None:
         if self._waiting:
             return  # this commit is the answer to an announcement
-        if [layer for _, layer in layers] != self._layers:
+        if list(layers) != self._layers:
             raise CommitError("inside join only its model can be committed, as a whole: commit(ddp)")
         self.announce(_COMMIT)
 

@@ -1,17 +1,18 @@
-"""The normalization policies: which statistics a training forward normalises with, and what gradient flows.
+"""The normalization policies: what a training forward normalises with, and what gradient flows.
 
-Pure arithmetic on float64 vectors of length C; no modules, no ranks, no data. Each policy turns a micro-batch's
-own mean and variance into a :class:`Normalizer`; `passes` does the work on the data.
+A policy is arithmetic on float64 vectors of length C. It turns a micro-batch's mean and variance into a
+:class:`Normalizer`. `passes` applies that to the data.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-POLICIES = ("renorm", "batch", "running")
+from syncaccum.layer.state import Accumulating
+from syncaccum.torch_private import buffers_of
 
 
 class Normalizer(NamedTuple):
@@ -22,17 +23,22 @@ class Normalizer(NamedTuple):
         \frac{\partial L}{\partial x} = \gamma r s
             \Bigl(dy - \varphi \bigl(\textstyle\sum dy + \hat x \sum dy\, \hat x\bigr)\Bigr)
 
-    r and d are constants in backward. :math:`\varphi` (``feedback``) is how much one value moves the statistics:
-    1/n where they are the micro-batch's own, w/n where they are its share w, and None where they are constants.
+    The backward takes r and d for constants. :math:`\varphi` (``feedback``) says how much one value moves the
+    statistics: 1/n if they are the micro-batch's own, w/n if it has a share w in them, None if they are constants.
     """
 
     center: Tensor
     scale: Tensor
-    gain: Tensor | None  # r; None for 1, together with
+    gain: Tensor | None  # r; None for 1
     offset: Tensor | None  # d; None for 0
     feedback: Tensor | float | None
 
-    def cast(self, dtype: torch.dtype) -> Normalizer:
+    @property
+    def is_plain(self) -> bool:
+        """Whether the statistics are those of the data alone: nn.BatchNorm's own forward and backward."""
+        return self.gain is None and self.feedback is not None
+
+    def to_dtype(self, dtype: torch.dtype) -> Normalizer:
         """The same in another precision: that of the data, when it is put to work."""
         center, scale = self.center.to(dtype), self.scale.to(dtype)
         gain = None if self.gain is None else self.gain.to(dtype)
@@ -50,7 +56,7 @@ class Batch(NamedTuple):
 
 
 class Running(NamedTuple):
-    """The committed statistics, held constant: the seed's layer."""
+    """The committed statistics, held constant: the policy of ``AccumulateBatchNorm``."""
 
     eps: float
     committed_mean: Tensor
@@ -75,9 +81,9 @@ class Renorm(NamedTuple):
 
     v_s is the law of total variance, so nothing cancels. Since
     :math:`\partial v_s/\partial x = 2w(x-\mu_s)/n`, the gradient is BatchNorm's with w/n in the place of 1/n.
-    ``untrained`` is a boolean scalar for a layer that may never have had a commit: where it holds there are no
-    statistics to trust, and the layer behaves as :class:`Batch`. It is a tensor because the counter may live on a
-    device that a forward must not wait for; None where it is known not to hold.
+
+    ``untrained`` is a boolean scalar: this layer never had a commit, so it behaves as :class:`Batch`. A tensor,
+    because the counter may be on a GPU, for which a forward must not wait. None where it is known not to hold.
     """
 
     eps: float
@@ -105,3 +111,44 @@ class Renorm(NamedTuple):
 
 
 Policy = Batch | Running | Renorm
+
+
+def choose_policy(layer: Accumulating, count: int, eps: float) -> Policy:
+    """What a training forward of ``count`` values per channel normalises with, now.
+
+    Raises:
+        ValueError: one value per channel under ``"batch"``, as nn.BatchNorm.
+    """
+    state = layer._accumulation
+    if state.normalization == "batch" and count == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got 1; "
+            f'normalization="renorm" accepts it, in {layer}'
+        )
+    if state.normalization == "batch" and count > 1:
+        return Batch(eps)
+    untrained = _ask_if_untrained(layer) if state.normalization == "renorm" and count > 1 else False
+    if untrained is True:
+        return Batch(eps)
+    mean, variance = _copy_committed(layer)
+    maybe_untrained = None if untrained is False else untrained
+    if state.normalization == "renorm" and count > 0:
+        return Renorm(eps, mean, variance, maybe_untrained, state.prior_count, state.r_max, state.d_max)
+    return Running(eps, mean, variance)
+
+
+def _ask_if_untrained(layer: Accumulating) -> bool | Tensor:
+    """Whether the layer never had a commit: a boolean, or on a GPU a tensor that need not be waited for."""
+    batches = buffers_of(layer)["num_batches_tracked"]
+    if batches is None:
+        return False
+    if batches.is_cpu and not torch.compiler.is_compiling():
+        return batches.item() == 0
+    return batches == 0
+
+
+def _copy_committed(layer: Accumulating) -> tuple[Tensor, Tensor]:
+    # Copies: a commit before the backward must not change the gradient.
+    buffers = buffers_of(layer)
+    mean, variance = cast(Tensor, buffers["running_mean"]), cast(Tensor, buffers["running_var"])
+    return mean.to(torch.float64, copy=True), variance.to(torch.float64, copy=True)

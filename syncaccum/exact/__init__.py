@@ -1,0 +1,1 @@
+"""The exact mode: micro-batches side by side."""

@@ -1,0 +1,98 @@
+"""Sums over the ranks of a group, in messages that say what they are about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from syncaccum.errors import LockstepError, TooFewValuesError
+from syncaccum.layer.passes import ReduceSums
+from syncaccum.moments import Moments
+from syncaccum.ranks.agreement import HEADER, Agreement, Fingerprint, agreement_of
+from syncaccum.ranks.connect import connect, gather_texts
+from syncaccum.ranks.groups import Group
+from syncaccum.window.layers import NamedLayer
+from syncaccum.window.layout import verify_layout
+
+
+class Visit(NamedTuple):
+    """One time that all micro-batches meet at a layer."""
+
+    lockstep: tuple[int, int]
+    """Which one of this group."""
+    number: int
+    """How many visits came before, in this lockstep."""
+    layer: str
+
+    def describe(self, direction: str) -> str:
+        _, lockstep = self.lockstep
+        return f"lockstep: layer {self.layer}, the {direction} of meeting {self.number} of lockstep {lockstep}"
+
+
+class Exchange:
+    """The collectives of a lockstep over one group.
+
+    Ranks at different layers would send different sizes, which gloo answers with an abort or wrong sums. So all
+    messages are as long as the group's longest, a commit's, and begin with a fingerprint of what they are about.
+    """
+
+    def __init__(self, group: Group, layers: Sequence[NamedLayer]) -> None:
+        self._transport = connect(group)
+        # Equal layers on all ranks make messages of equal size.
+        _, self._size = verify_layout(group, self._transport, layers)
+        self._agreement = Agreement() if group is None else agreement_of(group)
+        self._lockstep = self._agreement.begin_lockstep()
+        self._visits = 0
+
+    def open_visit(self, layer: str) -> Visit:
+        """The next meeting, at this layer."""
+        self._visits += 1
+        return Visit(self._lockstep, self._visits, layer)
+
+    def moments(self, visit: Visit, mine: Tensor, count: int) -> Moments:
+        """Everyone's moments, from this rank's packed ones. Collective."""
+        everyones = Moments.unpack(self._reduce(visit, "forward", mine))
+        # Asking the device costs a wait; a rank with two values need not.
+        if count < 2 and everyones.count == 1:
+            raise TooFewValuesError(
+                f"one value per channel in the whole global batch has no variance, in {visit.layer}"
+            )
+        return replace(everyones, count=everyones.count.clamp_min(1))  # no value at all: nothing is divided
+
+    def sums_of(self, visit: Visit) -> ReduceSums | None:
+        """What a layer's backward sums with; None where this process is alone."""
+        if self._transport.size == 1:
+            return None
+
+        def reduce_sums(sums: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            first, second = self._reduce(visit, "backward", torch.cat(sums).to(torch.float64)).chunk(2)
+            return first, second
+
+        return reduce_sums
+
+    def _reduce(self, visit: Visit, direction: str, values: Tensor) -> Tensor:
+        if self._transport.size == 1:
+            return values
+        about = Fingerprint.of("lockstep", direction, *visit)
+        device = self._transport.choose_device(values.device)
+        message = torch.zeros(self._size, dtype=torch.float64, device=device)
+        message[:HEADER] = torch.tensor(about.header(), dtype=torch.float64)
+        message[HEADER : HEADER + values.numel()] = values
+        self._transport.all_reduce(message)
+        if not about.agrees(message[:HEADER].tolist(), self._transport.size):
+            self._raise_at_odds(visit.describe(direction))
+        return message[HEADER : HEADER + values.numel()].to(values.device)
+
+    def _raise_at_odds(self, here: str) -> NoReturn:
+        """Name where each rank is. Collective."""
+        self._agreement.end_at_odds()
+        calls = [texts[0] for texts in gather_texts(self._transport, [here])]
+        where = "; ".join(f"rank {rank} in {call}" for rank, call in enumerate(calls))
+        raise LockstepError(
+            f"ranks meet different layers: {where}. The forward must take the same way on all ranks, and all of them "
+            "must walk its backward, or none"
+        )

@@ -1,0 +1,142 @@
+"""lockstep: the exact mode. All micro-batches of a window go through the model side by side.
+
+Each BatchNorm layer is a meeting point. When all micro-batches have come to it, their sums are reduced over the ranks
+once, and one autograd node normalises them all with the statistics of the whole global batch. Then they go on.
+`turns` makes them wait for each other; `meeting_point` knows what happens where they meet.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from syncaccum.errors import LockstepError
+from syncaccum.exact.ddp import Wrappers
+from syncaccum.exact.meeting_point import MeetingPoint, make_arrival
+from syncaccum.exact.offload import HostStore
+from syncaccum.exact.turns import Turns
+from syncaccum.layer import surroundings
+from syncaccum.layer.state import Accumulating
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def lockstep(
+    model: nn.Module, forward: Callable[[T], R], micro_batches: Iterable[T], *, offload: str | None = None
+) -> list[R]:
+    r"""Run ``forward`` on all micro-batches side by side, every BatchNorm normalising with the whole global batch.
+
+    The results, joined in one graph, are those of one forward on ``torch.cat`` of the micro-batches of all ranks
+    with nn.BatchNorm, and so are the gradients of ``sum(losses).backward()``, up to rounding. Per channel, with n
+    values :math:`x` in all micro-batches of all ranks, m their mean and v their population variance:
+
+    .. math::
+        \hat x = \frac{x - m}{\sqrt{v + \epsilon}}, \qquad y = \hat x \gamma + \beta, \qquad
+        \frac{\partial L}{\partial x} = \frac{\gamma}{\sqrt{v + \epsilon}}
+            \Bigl(dy - \frac{1}{n} \bigl(\textstyle\sum dy + \hat x \sum dy\, \hat x\bigr)\Bigr)
+
+    Collective: every rank calls it, with at least one micro-batch, which may be empty (N = 0); numbers and sizes may
+    differ between ranks. Each layer communicates once in forward and once in backward, however many micro-batches.
+    Each rank's sums go to its layers' windows: ``commit`` stays what closes the window.
+
+    Args:
+        model: what ``forward`` calls, with SyncAccumBatchNorm layers (their policy does not matter here). Pass the
+            DistributedDataParallel wrapper if there is one: its gradients come out as DDP's average over ranks.
+        forward: called with each micro-batch, once, in order, but not to the end: it takes turns with the others.
+            Returns anything. Must come to the same layers in the same order for each.
+        micro_batches: this rank's part of the window.
+        offload: ``"cpu"`` lets saved activations wait for the backward in pinned host memory.
+
+    Returns:
+        What ``forward`` returned for each micro-batch, in order.
+
+    Raises:
+        LockstepError: no micro-batches; a lockstep inside another, or inside ``join``; ``torch.utils.checkpoint``
+            around a layer; layers that differ between micro-batches or ranks; DistributedDataParallel that was not
+            passed as ``model``.
+        TooFewValuesError: one value per channel in the whole global batch; a ValueError.
+        NoLayersError: the model has no SyncAccumBatchNorm.
+        CommitError: a peer is gone or stuck, at the group's timeout.
+        Whatever ``forward`` raises for one micro-batch, as it was; the others are cancelled, and no window changes.
+
+    Example::
+
+        >>> losses = lockstep(model, lambda batch: loss_fn(model(batch.x), batch.y) * len(batch) / window, batches)
+        >>> sum(losses).backward()
+        >>> optimizer.step()
+        >>> commit(model)
+    """
+    batches = list(micro_batches)
+    _refuse_call(len(batches), offload)
+    wrappers = Wrappers(model)
+
+    def check_surroundings(layer: str) -> None:
+        _refuse_checkpoint(layer)
+        wrappers.refuse_others()
+
+    meeting = MeetingPoint(model, len(batches), check_surroundings)
+    turns = Turns(len(batches), meeting.check_finish)
+    results: list[Any] = [None] * len(batches)
+
+    def run(index: int) -> None:
+        with surroundings.taking_part(_Participant(index, meeting, turns)):
+            results[index] = forward(batches[index])
+
+    with _eager(), wrappers.one_forward(turns), HostStore().hooks() if offload else nullcontext():
+        turns.run(run)
+    meeting.keep_statistics()
+    return results
+
+
+def _refuse_call(count: int, offload: str | None) -> None:
+    if count == 0:
+        raise LockstepError("no micro-batches: a rank without data passes one that is empty (N = 0)")
+    if surroundings.lockstep_here() is not None:
+        raise LockstepError("lockstep inside lockstep: call it once, with all micro-batches of the window")
+    if surroundings.open_join() is not None:
+        raise LockstepError("lockstep inside join: give ranks without data an empty micro-batch (N = 0), and no join")
+    if offload not in (None, "cpu"):
+        raise ValueError(f"offload must be None or 'cpu', got {offload!r}")
+
+
+@dataclass(frozen=True)
+class _Participant:
+    """One micro-batch, as its layers see it."""
+
+    index: int
+    meeting: MeetingPoint
+    turns: Turns
+
+    def normalize(
+        self, layer: Accumulating, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, counts: bool
+    ) -> Tensor:
+        self.meeting.arrive(self.index, make_arrival(layer, x, weight, bias, eps, counts))
+        self.turns.give_way(self.index)
+        return self.meeting.outputs[self.index]
+
+
+def _refuse_checkpoint(layer: str) -> None:
+    """Raise where a layer runs under checkpoint. Only the stack tells; the caller asks once for each meeting."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            raise LockstepError(
+                f"layer {layer} runs under torch.utils.checkpoint, whose second forward would meet nobody: "
+                "switch checkpointing off inside lockstep, or use offload='cpu' to save memory"
+            )
+
+
+def _eager() -> Any:
+    """Run compiled models as they were written: a compiled graph has no place to wait in."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")

@@ -1,0 +1,130 @@
+"""Where micro-batches meet: what a BatchNorm layer does once all of them have come to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from syncaccum.errors import LockstepError
+from syncaccum.exact.exchange import Exchange
+from syncaccum.layer.measure import measure
+from syncaccum.layer.memory_order import make_dense, per_channel
+from syncaccum.layer.passes import normalize_together
+from syncaccum.layer.policies import Normalizer
+from syncaccum.layer.state import Accumulating, accumulate
+from syncaccum.ranks.groups import Group, resolve_group
+from syncaccum.window.layers import named_layers
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A micro-batch at a layer, and all that its normalisation depends on."""
+
+    layer: Accumulating
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    grad: bool
+    counts: bool
+
+
+class MeetingPoint:
+    """The layers of a model, as the micro-batches of this rank come to them one after the other.
+
+    Args:
+        model: with the layers.
+        size: how many micro-batches.
+        check_surroundings: called with a layer's name at each meeting; raises where it cannot be exact.
+    """
+
+    def __init__(self, model: nn.Module, size: int, check_surroundings: Callable[[str], None]) -> None:
+        self._layers = named_layers(model)
+        self._names = {layer: name for name, layer in self._layers}
+        self._check_surroundings = check_surroundings
+        self._size = size
+        self._arrivals: list[Arrival] = []
+        self._anyone_finished = False
+        self._exchanges: dict[Group, Exchange] = {}
+        self._statistics: list[tuple[Accumulating, Tensor]] = []
+        self.outputs: Sequence[Tensor] = ()
+
+    def arrive(self, index: int, arrival: Arrival) -> None:
+        """A micro-batch has come to a layer. The last one to come computes for all; then collective."""
+        name = self._name(arrival.layer)
+        if self._anyone_finished:
+            raise LockstepError(f"micro-batch {index} meets layer {name}, but another has finished without")
+        if self._arrivals and self._arrivals[0].layer is not arrival.layer:
+            waiting = self._name(self._arrivals[0].layer)
+            raise LockstepError(f"micro-batch {index} meets layer {name}, but the others wait for it at {waiting}")
+        if not self._arrivals:
+            self._check_surroundings(name)
+        self._arrivals.append(arrival)
+        if len(self._arrivals) == self._size:
+            arrivals, self._arrivals = self._arrivals, []
+            self.outputs = self._meet(name, arrivals)
+
+    def check_finish(self, index: int) -> None:
+        """A micro-batch has been through the whole forward."""
+        self._anyone_finished = True
+        if self._arrivals:
+            waiting = self._name(self._arrivals[0].layer)
+            raise LockstepError(f"micro-batch {index} has finished, but the others wait for it at layer {waiting}")
+
+    def keep_statistics(self) -> None:
+        """Add what the layers have seen to their windows, now that every micro-batch came through."""
+        for layer, sums in self._statistics:
+            accumulate(layer, sums)
+
+    def _name(self, layer: Accumulating) -> str:
+        if layer not in self._names:
+            raise LockstepError(f"{layer} is not part of the model passed to lockstep: pass the module that holds it")
+        return self._names[layer]
+
+    def _meet(self, name: str, arrivals: Sequence[Arrival]) -> Sequence[Tensor]:
+        first = arrivals[0]
+        if len({(a.grad, a.eps, a.counts) for a in arrivals}) > 1:
+            raise LockstepError(
+                f"micro-batches meet layer {name} with and without gradients, with different eps, or some of them "
+                "inside not_counted"
+            )
+        exchange = self._exchange_of(first.layer)
+        visit = exchange.open_visit(name)
+        with torch.no_grad():
+            measured = [measure(a.x) for a in arrivals]
+            mine = torch.stack([m.sums() for m in measured]).sum(0)
+            everyones = exchange.moments(visit, mine, sum(m.n for m in measured))
+            if first.counts:
+                self._statistics.append((first.layer, mine))
+            scale = torch.rsqrt(everyones.variance + first.eps)
+            norm = Normalizer(everyones.mean, scale, None, None, 1 / everyones.count)
+        xs = [a.x for a in arrivals]
+        if all(a.weight is first.weight and a.bias is first.bias for a in arrivals):
+            return normalize_together(xs, measured, first.weight, first.bias, norm, exchange.sums_of(visit))
+        plain = normalize_together(xs, measured, None, None, norm, exchange.sums_of(visit))
+        return [_apply_parameters(y, a) for y, a in zip(plain, arrivals, strict=True)]
+
+    def _exchange_of(self, layer: Accumulating) -> Exchange:
+        group = resolve_group(layer._accumulation.handle.group)
+        if group not in self._exchanges:
+            self._exchanges[group] = Exchange(group, self._layers)
+        return self._exchanges[group]
+
+
+def make_arrival(
+    layer: Accumulating, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, counts: bool
+) -> Arrival:
+    """An arrival, seen from the thread of its micro-batch."""
+    return Arrival(layer, make_dense(x), weight, bias, eps, torch.is_grad_enabled(), counts)
+
+
+def _apply_parameters(y: Tensor, arrival: Arrival) -> Tensor:
+    """weight and bias of one micro-batch's own, which a subclass may have computed for it."""
+    if arrival.weight is not None:
+        y = y * per_channel(arrival.weight, y)
+    if arrival.bias is not None:
+        y = y + per_channel(arrival.bias, y)
+    return y.to(arrival.x.dtype)

@@ -1,0 +1,1 @@
+"""A forward and its backward."""

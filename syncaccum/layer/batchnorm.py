@@ -1,0 +1,186 @@
+"""SyncAccumBatchNorm: a BatchNorm that accumulates each micro-batch and normalises it under a policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from syncaccum.layer import surroundings
+from syncaccum.layer.passes import normalize
+from syncaccum.layer.policies import choose_policy
+from syncaccum.layer.state import Accumulating, accumulate, adopt, check_momentum, check_settings, is_counted, tracks
+from syncaccum.moments import Moments
+from syncaccum.ranks.groups import Group
+from syncaccum.window.commit import commit_layers
+
+
+class _Setting:
+    """An attribute of a layer that lives in its accumulation, checked when it is set."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, layer: Any, owner: type) -> Any:
+        return self if layer is None else getattr(layer._accumulation, self._name)
+
+    def __set__(self, layer: Any, value: Any) -> None:
+        state = layer._accumulation
+        settings = {n: getattr(state, n) for n in ("normalization", "r_max", "d_max", "prior_count")}
+        check_settings(**{**settings, self._name: value})
+        setattr(state, self._name, value)
+
+
+class SyncAccumBatchNorm(Accumulating):
+    r"""Batch normalization whose running statistics are those of the global batch.
+
+    A training forward adds the micro-batch's sums to this layer's window, locally, and normalises under the
+    policy. ``syncaccum.commit(model)`` all-reduces the windows of all layers once and folds them in:
+
+    .. math::
+        \text{running\_mean} &\leftarrow (1-f)\,\text{running\_mean} + f\,m \\
+        \text{running\_var}  &\leftarrow (1-f)\,\text{running\_var}  + f\,v\,n/(n-1)
+
+    with m, v (population) and n of the *global batch* (every value of the channel in all micro-batches of all
+    ranks since the last commit) and f = ``momentum``, or 1/``num_batches_tracked`` where momentum is None: what
+    :class:`torch.nn.BatchNorm2d` does with ``torch.cat`` of all of them.
+
+    No forward or backward communicates. In eval mode, or with ``track_running_stats=False``, the layer is a plain
+    BatchNorm. Three kinds of forward are not counted: one that ``torch.utils.checkpoint`` runs again in backward,
+    one under ``momentum = 0``, and one inside ``syncaccum.not_counted``.
+
+    Args:
+        num_features: C, the size of dimension 1 of the input.
+        eps, momentum, affine, track_running_stats: as in :class:`torch.nn.BatchNorm2d`; momentum in [0, 1].
+        process_group: the ranks that make up the global batch: a ProcessGroup; an mpi4py communicator, whose
+            reductions are in host memory, and which nobody else should use at the same time (``comm.Dup()``); or
+            None for the default group if one is initialised at commit time, else this process alone.
+        normalization: what a training forward normalises with.
+
+            - ``"renorm"``: the committed statistics, approached from the micro-batch's own; the gradient flows
+              through the latter. Trains from scratch, down to one value per channel.
+            - ``"batch"``: the micro-batch's own, exactly nn.BatchNorm's training forward.
+            - ``"running"``: the committed statistics, held constant; for fine-tuning at small learning rates.
+        r_max, d_max, prior_count: of ``"renorm"``: the clips of scale (>= 1) and shift (>= 0), and how many
+            observations the committed statistics count for (>= 0).
+        device, dtype: of parameters and running statistics.
+
+    Shape:
+        - Input: ``(N, C)`` or ``(N, C, *)`` with up to 5 dimensions; N may be 0. float64, float32, bfloat16 or
+          float16.
+        - Output: as the input, in its dtype and memory format.
+
+    Raises:
+        ValueError: at construction for an argument out of range; in forward for an input of another rank, width
+            or dtype, or under ``"batch"`` for one value per channel, as nn.BatchNorm.
+
+    Example::
+
+        >>> layer = SyncAccumBatchNorm(64)
+        >>> for micro_batch in window:
+        ...     layer(micro_batch)
+        >>> layer.update_stats()
+    """
+
+    _made_from: tuple[type[SyncAccumBatchNorm], type, frozenset[str]] | None = None
+    """Of a converted layer's class: what it adds to, the class the layer goes back to, and names left alone."""
+
+    normalization = _Setting()
+    r_max = _Setting()
+    d_max = _Setting()
+    prior_count = _Setting()
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Group = None,
+        normalization: str = "renorm",
+        *,
+        r_max: float = 1.5,
+        d_max: float = 0.5,
+        prior_count: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_momentum(momentum)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        adopt(self, process_group, normalization, r_max, d_max, prior_count)
+
+    @property
+    def process_group(self) -> Group:
+        """The ranks that make up this layer's global batch; None for the default group."""
+        return self._accumulation.handle.group
+
+    @property
+    def window(self) -> Moments:
+        """A snapshot of the sums of the open window on this rank, float64; not collective."""
+        return Moments.unpack(self._accumulation.window.clone())
+
+    def update_stats(self) -> None:
+        """Commit this layer alone. Collective: every rank of its group calls it; see :func:`syncaccum.commit`.
+
+        In a model, ``syncaccum.commit(model)`` sends one message for all layers instead of one for each. Does
+        nothing with ``track_running_stats=False``, and where no rank has accumulated anything.
+        """
+        if tracks(self):
+            commit_layers([(type(self).__name__, self)])
+
+    def discard(self) -> None:
+        """Drop the open window of this layer. Not collective, but every rank should."""
+        self._accumulation.drop()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise; in training, also accumulate. Not collective, outside of ``lockstep``."""
+        _check_input(self, input)
+        counts = self.training and tracks(self)
+        uses_batch = self.training or self.running_mean is None
+        if counts or (uses_batch and in_lockstep()):
+            return normalize_and_accumulate(self, input, self.weight, self.bias, self.eps, counts=counts)
+        return super().forward(input)
+
+    def extra_repr(self) -> str:
+        inherited: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{inherited}, normalization={self._accumulation.normalization!r}"
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if not 2 <= input.dim() <= 5:
+            raise ValueError(f"expected 2D to 5D input (got {input.dim()}D input), in {self}")
+
+
+def in_lockstep() -> bool:
+    """Whether this forward meets others; then even one without running statistics does."""
+    return not torch.compiler.is_compiling() and surroundings.lockstep_here() is not None
+
+
+def normalize_and_accumulate(
+    layer: Accumulating, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, counts: bool
+) -> Tensor:
+    """A training forward: under the layer's policy, or together with the others of a lockstep.
+
+    ``counts``: whether it has running statistics to go into; `is_counted` may still say no.
+    """
+    counts = counts and is_counted(layer)
+    if not torch.compiler.is_compiling():
+        surroundings.refuse_ddps_own_join()
+        if (participant := surroundings.lockstep_here()) is not None:
+            return participant.normalize(layer, input, weight, bias, eps, counts=counts)
+    policy = choose_policy(layer, input.numel() // layer.num_features, eps)
+    output, sums = normalize(input, weight, bias, policy)
+    if counts:
+        accumulate(layer, sums)
+    return output
+
+
+def _check_input(layer: SyncAccumBatchNorm, input: Tensor) -> None:
+    layer._check_input_dim(input)
+    if not input.is_floating_point():
+        raise ValueError(f"expected a floating-point input, got {input.dtype}, in {layer}")
+    if input.shape[1] != layer.num_features:
+        raise ValueError(
+            f"expected {layer.num_features} channels in dimension 1, got input size {tuple(input.shape)}, in {layer}"
+        )

@@ -1,0 +1,249 @@
+"""Convert a model's BatchNorm layers in place, and revert them.
+
+A layer keeps its identity and changes its class. Parameters, buffers, hooks, flags, shared use and every reference
+to it survive, because nothing is copied.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from typing import Any, TypeVar, cast
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from syncaccum.layer.batchnorm import SyncAccumBatchNorm
+from syncaccum.layer.routing import forward_through
+from syncaccum.layer.state import adopt, check_momentum, check_settings, release
+from syncaccum.ranks.groups import Group, GroupHandle
+from syncaccum.torch_private import BatchNormBase, buffers_of, parameters_of, submodules_of
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def convert_sync_accum(module: M, process_group: Group = None, normalization: str = "renorm") -> M:
+    """Turn every BatchNorm layer of a model into a SyncAccumBatchNorm, in place.
+
+    BatchNorm1d/2d/3d, nn.SyncBatchNorm (which keeps its process group unless another is given) and their
+    subclasses, the root itself included. Parameters and buffers stay the same objects, so an optimizer built
+    before still works; shared layers stay shared; hooks, training flag, requires_grad, device, dtype and the check
+    of input dimensions survive. Converted layers are left as they are. Not collective.
+
+    A subclass with a forward of its own keeps it. Where that calls ``F.batch_norm`` or ``torch.batch_norm`` in
+    training with the layer's own running statistics, the layer accumulates and normalises under the policy. All
+    other calls do what torch does. A subclass that normalises by itself is named in one warning by its first training
+    forward; a commit leaves it alone.
+
+    Args:
+        module: a BatchNorm layer or any module that contains some, also inside DDP.
+        process_group: see :class:`SyncAccumBatchNorm`.
+        normalization: see :class:`SyncAccumBatchNorm`.
+
+    Returns:
+        The same module object.
+
+    Raises:
+        ValueError: for an unknown policy, a process group this rank is not in, a lazy layer that has not seen
+            data yet, or a layer with momentum outside [0, 1]. Nothing was converted then.
+    """
+    check_settings(normalization)
+    GroupHandle(process_group)
+    layers = [
+        (name or "the module itself", layer)
+        for name, layer in module.named_modules()
+        if isinstance(layer, BatchNormBase) and not isinstance(layer, SyncAccumBatchNorm)
+    ]
+    # All before the first: nothing is left half converted.
+    _check_convertible(layers)
+    for name, layer in layers:
+        _convert_layer(layer, SyncAccumBatchNorm, process_group, normalization, name)
+    return module
+
+
+def revert_sync_accum(module: M) -> M:
+    """Give every converted layer back the class it came from, in place. Not collective.
+
+    Commit or discard first: an open window is dropped, with one warning. A layer built as SyncAccumBatchNorm
+    directly came from no other class; it stays, with one warning.
+
+    Returns:
+        The same module object; a model that was converted and reverted equals one that never was.
+
+    Raises:
+        TypeError: a tool changed a layer's class after the conversion, and must be undone first. Nothing was reverted.
+    """
+    layers = [
+        (name or "the module itself", m) for name, m in module.named_modules() if isinstance(m, SyncAccumBatchNorm)
+    ]
+    made = [(name, layer, _find_made(name, layer)) for name, layer in layers if layer._made_from is not None]
+    left_alone = [name for name, layer in layers if layer._made_from is None]
+    dropped = [name for name, layer, _ in made if layer._accumulation.window[0] > 0]
+    for _, layer, its_class in made:
+        _revert_layer(layer, its_class)
+    if dropped:
+        warnings.warn(
+            f"dropped the open windows of {', '.join(dropped)}: commit(model) or discard(model) before reverting",
+            stacklevel=2,
+        )
+    if left_alone:
+        warnings.warn(
+            f"built as SyncAccumBatchNorm, with no class to go back to: {', '.join(left_alone)}", stacklevel=2
+        )
+    return module
+
+
+class AccumulateBatchNorm(SyncAccumBatchNorm):
+    """Of a BatchNorm class and its arguments, a layer of policy ``"running"``.
+
+    It checks its input as ``bn_class`` does and normalises with the committed statistics, held constant. On
+    ``update_stats()`` it takes up all it has seen since the last call, as if that had been one batch.
+
+    Args:
+        bn_class: nn.BatchNorm1d, 2d or 3d, nn.SyncBatchNorm, or a subclass.
+        num_features, **bn_kwargs: what ``bn_class`` takes.
+
+    Raises:
+        ValueError: for a class that is not a BatchNorm, or is lazy.
+
+    Example::
+
+        >>> layer = AccumulateBatchNorm(nn.BatchNorm2d, 64)
+    """
+
+    def __init__(self, bn_class: type[nn.Module], num_features: int, **bn_kwargs: Any) -> None:
+        if not (isinstance(bn_class, type) and issubclass(bn_class, BatchNormBase)):
+            raise ValueError(f"bn_class must be a BatchNorm class such as nn.BatchNorm2d, got {bn_class!r}")
+        layer: Any = bn_class(num_features, **bn_kwargs)
+        _check_convertible([(bn_class.__name__, layer)])
+        _convert_layer(layer, AccumulateBatchNorm, None, "running", "")
+        self.__class__ = type(layer)
+        self.__dict__ = layer.__dict__
+
+
+def _check_convertible(layers: list[tuple[str, Any]]) -> None:
+    lazy = [name for name, layer in layers if _is_uninitialized(layer)]
+    if lazy:
+        raise ValueError(
+            f"cannot convert lazy layers before they know their width: {', '.join(lazy)}. "
+            "Run one forward on a sample batch first (model(sample)), then convert"
+        )
+    for name, layer in layers:
+        try:
+            check_momentum(layer.momentum)
+        except ValueError as error:
+            raise ValueError(f"layer {name} cannot be converted: {error}") from None
+
+
+def _is_uninitialized(layer: nn.Module) -> bool:
+    return any(is_lazy(t) for t in (*layer.parameters(False), *layer.buffers(False)))
+
+
+def _convert_layer(
+    layer: Any, base: type[SyncAccumBatchNorm], process_group: Group, normalization: str, name: str
+) -> None:
+    outer = type(layer)
+    source = outer.__bases__[0] if parametrize.is_parametrized(layer) else outer
+    if issubclass(source, nn.SyncBatchNorm):
+        process_group = layer.process_group if process_group is None else process_group
+        del layer.process_group
+    made = _make_class(base, source, _own_names(layer))
+    layer.__class__ = made if source is outer else _rebase(outer, source, made)
+    adopt(layer, process_group, normalization, name=name)
+
+
+def _revert_layer(layer: Any, made: type[SyncAccumBatchNorm]) -> None:
+    assert made._made_from is not None
+    _, source, _ = made._made_from
+    group = layer._accumulation.handle.group
+    release(layer)
+    layer.__class__ = source if type(layer) is made else _rebase(type(layer), made, source)
+    if issubclass(source, nn.SyncBatchNorm):
+        layer.process_group = group
+
+
+def _find_made(name: str, layer: Any) -> type[SyncAccumBatchNorm]:
+    """The class that conversion gave the layer, which may be below one that another tool made since."""
+    outer = type(layer)
+    for its_class in (outer, *outer.__bases__):
+        if its_class in _made.values():
+            return cast("type[SyncAccumBatchNorm]", its_class)
+    raise TypeError(
+        f"layer {name} cannot be reverted: its class {outer.__name__} was made from {outer.__bases__[0].__name__} by "
+        "another tool after the conversion. Undo in the opposite order: first that tool, then revert_sync_accum(model)"
+    )
+
+
+def _rebase(outer: type, old: type, new: type) -> type:
+    """A class as ``outer``, which torch's parametrize or FSDP made from ``old``, made from ``new`` instead."""
+    bases = tuple(new if base is old else base for base in outer.__bases__)
+    body = {name: value for name, value in vars(outer).items() if name not in ("__dict__", "__weakref__")}
+    return type(outer.__name__, bases, body)
+
+
+_FORWARDS_OF_TORCH = (BatchNormBase.forward, nn.SyncBatchNorm.forward)
+_PUBLIC = (
+    "process_group", "normalization", "r_max", "d_max", "prior_count", "window", "update_stats", "discard",
+)  # fmt: skip
+_made: weakref.WeakValueDictionary[tuple[Any, ...], type[SyncAccumBatchNorm]] = weakref.WeakValueDictionary()
+
+
+def _own_names(layer: Any) -> frozenset[str]:
+    """Names of ours that an instance uses for something of its own."""
+    own: set[str] = set(vars(layer)).union(buffers_of(layer), parameters_of(layer), submodules_of(layer))
+    return frozenset(own.intersection(_PUBLIC)) - ({"process_group"} if isinstance(layer, nn.SyncBatchNorm) else set())
+
+
+def _make_class(base: type[SyncAccumBatchNorm], source: type, own_names: frozenset[str]) -> type[SyncAccumBatchNorm]:
+    """``base``, with what instances of ``source`` bring along; the same class each time."""
+    key = base, source, own_names
+    made = _made.get(key)
+    if made is None:
+        body: dict[str, Any] = {
+            "_made_from": key,
+            "__reduce_ex__": _reduce,
+            "_check_input_dim": source._check_input_dim,  # type: ignore[attr-defined]
+            # torch.fx takes classes of torch.nn for leaves, and must not trace into this one.
+            "__module__": "torch.nn.modules.batchnorm",
+        }
+        body.update({name: _OwnAttribute(name) for name in own_names})
+        body.update({name: inspect.getattr_static(source, name) for name in _PUBLIC if hasattr(source, name)})
+        if source.forward not in _FORWARDS_OF_TORCH:  # type: ignore[attr-defined]
+            body["forward"] = _make_forward(source)
+        # DDP asks for SyncBatchNorm, and then insists on a GPU.
+        bases = (base,) if issubclass(source, nn.SyncBatchNorm) else (base, source)
+        name = base.__name__ + source.__name__.removeprefix("BatchNorm")
+        made = _made[key] = type(name, bases, body)
+    return made
+
+
+class _OwnAttribute:
+    """Leaves a name that would be ours to the instance, which has something of its own there."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, layer: Any, owner: type) -> Any:
+        return self if layer is None else nn.Module.__getattr__(layer, self._name)
+
+
+def _make_forward(source: type) -> Any:
+    def forward(self: SyncAccumBatchNorm, *args: Any, **kwargs: Any) -> Any:
+        return forward_through(self, source, args, kwargs)
+
+    return forward
+
+
+def _reduce(self: SyncAccumBatchNorm, protocol: Any) -> Any:
+    """Made classes have no importable name: a pickle says what they were made from."""
+    if "_made_from" not in vars(type(self)):  # a tool's class on top has its own way
+        return super(SyncAccumBatchNorm, self).__reduce_ex__(protocol)
+    return make_instance, self._made_from, self.__dict__
+
+
+def make_instance(base: type[SyncAccumBatchNorm], source: type, own_names: frozenset[str]) -> Any:
+    """An empty converted layer, for unpickling and copying to fill."""
+    made = _make_class(base, source, own_names)
+    return made.__new__(made)

@@ -1,0 +1,158 @@
+"""A subclass's own forward, with our training forward in the place of its call of batch_norm.
+
+The call is judged by its own arguments: ours are training calls with the layer's own statistics. Every other call
+does what torch does: a frozen layer's, one with second statistics, one of another layer inside.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from syncaccum.errors import LockstepError
+from syncaccum.layer import surroundings
+from syncaccum.layer.batchnorm import in_lockstep, normalize_and_accumulate
+from syncaccum.layer.state import Accumulating, tracks
+from syncaccum.torch_private import BatchNormBase, buffers_of
+
+
+class _Call(NamedTuple):
+    """A call of F.batch_norm, by its names and defaults."""
+
+    input: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+
+def _of_torch_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> _Call:
+    """A call of torch.batch_norm, whose arguments come in another order."""
+    return _Call(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+_ENTRANCES: dict[Any, Callable[..., _Call]] = {F.batch_norm: _Call, torch.batch_norm: _of_torch_batch_norm}
+
+
+def forward_through(layer: Any, source: type, args: Any, kwargs: Any) -> Any:
+    """``source.forward(layer, ...)``, whose own training calls of batch_norm are the layer's accumulating forward."""
+    with _Route(layer) as route:
+        output = source.forward(_seen_as(layer, source), *args, **kwargs)  # type: ignore[attr-defined]
+    if not route.met_own_statistics and not torch.compiler.is_compiling():
+        _tell_if_it_normalises_itself(layer, source)
+    return output
+
+
+class _Route(TorchFunctionMode):
+    """Inside, the layer's own training calls of batch_norm go to us."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self._layer = layer
+        self._batches = _Counter(layer)
+        self._taken = False
+        self.met_own_statistics = False
+        """Whether any call had the layer's statistics: then the layer does not normalise by itself."""
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        if self._taken:
+            self._batches.restore()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _ENTRANCES:
+            return func(*args, **kwargs)
+        call = _ENTRANCES[func](*args, **kwargs)
+        if not self._is_own(call):
+            return func(*args, **kwargs)
+        # Before others take their turn at the layer, in a lockstep.
+        self._batches.restore()
+        self._taken = True
+        counts = call.running_mean is not None and call.momentum != 0
+        return normalize_and_accumulate(self._layer, call.input, call.weight, call.bias, call.eps, counts=counts)
+
+    def _is_own(self, call: _Call) -> bool:
+        buffers = buffers_of(self._layer)
+        of_layer = call.running_mean is buffers["running_mean"] and call.running_var is buffers["running_var"]
+        of_batch = call.running_mean is None and call.running_var is None
+        self.met_own_statistics |= of_layer or of_batch
+        if not call.training:
+            return False
+        if of_layer and not of_batch:
+            return True
+        return of_batch and in_lockstep()
+
+
+class _Counter:
+    """num_batches_tracked as it was: copies of nn.BatchNorm's forward count, and so will the commit."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self._buffer = buffers_of(layer)["num_batches_tracked"]
+        self._value = None if self._buffer is None else self._buffer.clone()
+
+    def restore(self) -> None:
+        if self._buffer is not None and self._value is not None:
+            buffers_of(self._layer)["num_batches_tracked"] = self._buffer  # some assign a new one
+            self._buffer.copy_(self._value)
+
+
+def _tell_if_it_normalises_itself(layer: Any, source: type) -> None:
+    if not (layer.training and tracks(layer)):
+        return
+    state = layer._accumulation
+    where = f"layer {state.name or 'of its own'} ({source.__name__})"
+    if surroundings.lockstep_here() is not None:
+        raise LockstepError(f"{where} normalises by itself, without batch_norm, so lockstep would not be exact")
+    if state.normalises_itself:
+        return
+    state.normalises_itself = True
+    warnings.warn(
+        f"{where} normalises by itself in training, without F.batch_norm or torch.batch_norm: nothing of it is "
+        "accumulated, and a commit leaves it alone. Use nn.BatchNorm there, or call F.batch_norm with its own "
+        "running_mean and running_var",
+        stacklevel=2,
+    )
+
+
+class _WithoutSync(nn.SyncBatchNorm):
+    """Where a subclass's ``super().forward`` ends: F.batch_norm, and no communication."""
+
+    forward = BatchNormBase.forward
+
+
+def _seen_as(layer: Accumulating, source: type) -> Any:
+    """The layer as its own forward must see it.
+
+    A subclass of nn.SyncBatchNorm is converted to something that is none, else DDP would insist on a GPU. Its forward
+    needs one. So it sees another object with the same attributes.
+    """
+    if not issubclass(source, nn.SyncBatchNorm):
+        return layer
+    view_class = _views.get(source) or _views.setdefault(source, type(source.__name__, (source, _WithoutSync), {}))
+    view: Any = object.__new__(view_class)
+    object.__setattr__(view, "__dict__", layer.__dict__)
+    return view
+
+
+_views: dict[type, type] = {}

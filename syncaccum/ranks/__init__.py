@@ -1,0 +1,1 @@
+"""Who takes part, and every collective of the package."""

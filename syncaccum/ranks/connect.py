@@ -1,0 +1,98 @@
+"""Which transport a group needs, and what ranks may tell each other in words."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from syncaccum.errors import CommitError
+from syncaccum.ranks.groups import Communicator, Group, check_communicator
+from syncaccum.ranks.mpi_transport import MPITransport
+from syncaccum.ranks.torch_transport import TorchTransport
+from syncaccum.ranks.transport import Alone, Transport
+
+_LONGEST = 2**20
+"""Bytes of text from one rank: some 10,000 layers, described."""
+
+# What torchrun, Open MPI and MPICH set for every rank.
+_COUNTS_OF_RANKS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+def connect(group: Group, timeout: float | None = None) -> Transport:
+    """The transport of a resolved group. Not collective.
+
+    Args:
+        group: what ``resolve_group`` returned.
+        timeout: seconds from now in which its collectives must end, instead of the group's own timeout for each.
+
+    Raises:
+        CommitError: no group, although a launcher started several ranks; or a group that was destroyed.
+    """
+    if group is None:
+        _refuse_to_be_alone(os.environ)
+        return Alone()
+    try:
+        if isinstance(group, Communicator):
+            check_communicator(group.comm)
+            return MPITransport(group, timeout)
+        return TorchTransport(group, timeout)
+    except ValueError as error:
+        raise CommitError(
+            f"the process group of some layers is of no use ({error}): it was destroyed or freed, or this rank is not "
+            "in it. Revert those layers and convert them with a group that exists"
+        ) from error
+
+
+def _refuse_to_be_alone(environment: Mapping[str, str]) -> None:
+    """Raise where a launcher started several ranks, each of which would take itself for alone."""
+    for name in _COUNTS_OF_RANKS:
+        ranks = environment.get(name, "")
+        if ranks.isdecimal() and int(ranks) > 1:
+            raise CommitError(
+                f"this is one of {ranks} ranks ({name}={ranks}), and which one is not known before "
+                "torch.distributed.init_process_group(): call that first and destroy the group last, else each rank "
+                "would take its own data for the global batch. Or give the layers a process_group; one of a single "
+                f"rank, as dist.new_group([rank]) or MPI.COMM_SELF, keeps it to itself. If there are no peers, unset {name}"
+            )
+
+
+def gather_texts(transport: Transport, texts: Sequence[str]) -> list[list[str]]:
+    """Every rank's texts, in rank order. Collective: two all-reduces, so that it ends when they do.
+
+    JSON, and checked: nothing that a peer sends is executed. All ranks judge the same bytes and decide alike.
+
+    Raises:
+        CommitError: a peer is gone, or sent something else.
+    """
+    mine = json.dumps(list(texts)).encode()
+    if len(mine) > _LONGEST:
+        mine = json.dumps([f"{len(mine):,} bytes of text, too long to send"]).encode()
+    home = transport.choose_device(torch.device("cpu"))
+    sizes = torch.zeros(transport.size, dtype=torch.float64, device=home)
+    sizes[transport.rank] = len(mine)
+    transport.all_reduce(sizes)
+    if not ((sizes >= 0) & (sizes <= _LONGEST) & (sizes == sizes.floor())).all():
+        raise CommitError(f"a peer sent texts of impossible lengths: {sizes.tolist()}")
+    lengths = [int(length) for length in sizes.tolist()]
+    table = torch.zeros(transport.size, max(lengths), dtype=torch.float64)
+    table[transport.rank, : len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+    table = table.to(home)
+    transport.all_reduce(table)
+    everyones = table.to("cpu")
+    if not ((everyones >= 0) & (everyones <= 255)).all():
+        raise CommitError("a peer sent something that is no text")
+    rows = zip(everyones.to(torch.uint8), lengths, strict=True)
+    return [_read_texts(bytes(row[:length].tolist()), rank) for rank, (row, length) in enumerate(rows)]
+
+
+def _read_texts(sent: bytes, rank: int) -> list[str]:
+    try:
+        texts = json.loads(sent)
+    except (ValueError, RecursionError) as error:
+        raise CommitError(f"rank {rank} sent something that is no text: {type(error).__name__}") from error
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise CommitError(f"rank {rank} sent something else than a list of texts")
+    return texts

@@ -1,0 +1,57 @@
+"""What a transport is: the collectives of one group. Also what all transports share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from syncaccum.errors import CommitError
+
+SHORTEST = 1e-3
+"""Seconds; gloo counts milliseconds, and takes 0 for no limit."""
+
+
+class Transport(Protocol):
+    """The collectives a commit needs, over one group."""
+
+    rank: int
+    size: int
+
+    def choose_device(self, device: torch.device) -> torch.device:
+        """Where a tensor must live to be reduced; ``device`` itself where the group can reach it."""
+
+    def all_reduce(self, flat: Tensor) -> None:
+        """Sum a float64 tensor over the group, in place. Collective."""
+
+
+class Alone:
+    """A group of this process only."""
+
+    rank = 0
+    size = 1
+
+    def choose_device(self, device: torch.device) -> torch.device:
+        return device
+
+    def all_reduce(self, flat: Tensor) -> None:
+        return
+
+
+def count_down(timeout: float | None) -> Callable[[], float] | None:
+    """What is left of ``timeout`` seconds from now on, whenever asked."""
+    if timeout is None:
+        return None
+    end = time.monotonic() + timeout
+    return lambda: max(SHORTEST, end - time.monotonic())
+
+
+def lost_peer(transport: Transport) -> CommitError:
+    """The error of an all-reduce that did not come to its end."""
+    return CommitError(
+        f"rank {transport.rank} of {transport.size}: an all-reduce of syncaccum failed, because a peer is gone, is "
+        "stuck or did not make the same call; running statistics are unchanged and the window is kept"
+    )

@@ -1,0 +1,1 @@
+"""A window's life over ranks: which layers, what message, commit, save, join."""

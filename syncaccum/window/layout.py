@@ -1,0 +1,153 @@
+"""What a commit's message looks like, and that ranks have the same layers before they send one."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from syncaccum.errors import LayoutMismatchError
+from syncaccum.layer.state import Accumulating, commit_momentum
+from syncaccum.moments import Moments
+from syncaccum.ranks.agreement import HEADER, Fingerprint, agreement_of
+from syncaccum.ranks.connect import gather_texts
+from syncaccum.ranks.groups import Group, resolve_group
+from syncaccum.ranks.transport import Transport
+from syncaccum.torch_private import buffers_of
+from syncaccum.window.layers import NamedLayer
+
+Key = tuple[tuple[Any, ...], ...]
+"""Of each layer, what all ranks must agree on."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A message: a header, then each layer's packed moments."""
+
+    key: Key
+    fingerprint: Fingerprint
+    widths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, key: Key) -> Layout:
+        return cls(key, Fingerprint.of(key), tuple(width for _, width, *_ in key))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of the header and of each layer's moments."""
+        return [HEADER, *map(Moments.packed_size, self.widths)]
+
+    def indices(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Where in a message: each layer's count; each channel's count; each channel's total, then its total_sq."""
+        return _find_indices(self.widths, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _find_indices(widths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    ends = list(itertools.accumulate(map(Moments.packed_size, widths), initial=HEADER))
+    positions = [Moments.unpack(torch.arange(start, end)) for start, end in itertools.pairwise(ends)]
+    counts = torch.stack([p.count for p in positions])
+    of_channels = counts.repeat_interleave(torch.tensor(widths))
+    sums = torch.cat([p.total for p in positions] + [p.total_sq for p in positions])
+    return counts.to(device), of_channels.to(device), sums.to(device)
+
+
+def verify_layout(group: Group, transport: Transport, members: Sequence[NamedLayer]) -> tuple[Layout, int]:
+    """This rank's layout, once all ranks are known to have the same, and the size of the group's messages.
+
+    gloo aborts the process or returns wrong sums when ranks send different sizes. So all messages of a group are as
+    long as the longest agreed on so far, and ranks at odds find it in the header.
+
+    Collective where the layout is new to the group. Then the ranks must also have tracked equally many batches: those
+    that were together when a peer died in mid-commit may not have.
+    """
+    layout = _recall_layout(_describe_layers(members))
+    size = sum(layout.sizes)
+    if group is None:
+        return layout, size
+    agreement = agreement_of(group)
+    if layout.key not in agreement.keys:
+        proposal = Fingerprint.of(layout.key, _batches_tracked(group, members))
+        device = transport.choose_device(members[0][1]._accumulation.window.device)
+        message = torch.zeros(agreement.message_size, dtype=torch.float64, device=device)
+        message[:HEADER] = torch.tensor(proposal.header(new=True), dtype=torch.float64)
+        transport.all_reduce(message)
+        if not proposal.agrees(message[:HEADER].tolist(), transport.size, new=True):
+            raise_layout_mismatch(group, transport, members)
+        agreement.remember(layout.key, size)
+    return layout, agreement.message_size
+
+
+_recall_layout = functools.lru_cache(maxsize=16)(Layout.of)
+
+
+def _describe_layers(members: Sequence[NamedLayer]) -> Key:
+    return tuple(_describe_layer(name, layer) for name, layer in members)
+
+
+def _describe_layer(name: str, layer: Accumulating) -> tuple[Any, ...]:
+    running_mean = buffers_of(layer)["running_mean"]
+    dtype = None if running_mean is None else running_mean.dtype
+    momentum = commit_momentum(layer)
+    momentum = None if momentum is None else float(momentum)
+    state = layer._accumulation
+    policy = state.normalization, state.r_max, state.d_max, state.prior_count
+    return name, layer.num_features, dtype, float(layer.eps), momentum, policy
+
+
+def _render_layer(described: tuple[Any, ...]) -> str:
+    name, width, dtype, eps, momentum, (policy, r_max, d_max, prior_count) = described
+    if policy == "renorm":
+        policy += f" with r_max {r_max}, d_max {d_max}, prior_count {prior_count}"
+    return f"{name!r} ({width} channels, {dtype}, eps {eps}, momentum {momentum}, {policy})"
+
+
+def _batches_tracked(group: Group, members: Sequence[NamedLayer]) -> list[str]:
+    """num_batches_tracked of the layers that the group commits; others may be at odds over it."""
+    tracked = (
+        layer.num_batches_tracked if resolve_group(layer._accumulation.handle.group) is group else None
+        for _, layer in members
+    )
+    return ["" if batches is None else str(int(batches)) for batches in tracked]
+
+
+def raise_layout_mismatch(
+    group: Group, transport: Transport, members: Sequence[NamedLayer], call: str = "commit"
+) -> NoReturn:
+    """Name the first difference between the ranks' calls, layers, or batches tracked. Collective."""
+    everyones = gather_texts(transport, [call, *map(_render_layer, _describe_layers(members))])
+    _compare_calls([texts[0] for texts in everyones])
+    for rank, theirs in enumerate(everyones):
+        for index, (first, other) in enumerate(itertools.zip_longest(everyones[0], theirs, fillvalue="no such layer")):
+            if first != other:
+                raise LayoutMismatchError(
+                    f"layer {index - 1} differs between ranks: rank 0 has {first}, rank {rank} has {other}. "
+                    "Build and convert the same model on every rank; nothing was sent"
+                )
+    everyones = gather_texts(transport, _batches_tracked(group, members))
+    for rank, theirs in enumerate(everyones):
+        for (name, _), first, other in zip(members, everyones[0], theirs, strict=False):
+            if first != other:
+                raise LayoutMismatchError(
+                    f"layer {name!r} has tracked {first} batches on rank 0 and {other} on rank {rank}: "
+                    "give every rank the same checkpoint. Ranks that lost a peer in mid-commit may be one commit "
+                    "apart: take the statistics of one that is ahead, and discard(model) on those that are behind"
+                )
+    raise LayoutMismatchError(
+        "some ranks have committed these layers before and some have not: "
+        "call the same function on every rank, for the same models in the same order"
+    )
+
+
+def _compare_calls(calls: Sequence[str]) -> None:
+    if len(set(calls)) > 1:
+        where = "; ".join(f"rank {rank} in {call}" for rank, call in enumerate(calls))
+        raise LayoutMismatchError(
+            f"ranks make different calls: {where}. Some have skipped or repeated one: call the same function on every "
+            "rank, for the same models in the same order. Running statistics are unchanged and the window is kept"
+        )
