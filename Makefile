@@ -41,9 +41,10 @@ faults: $(INSTALLED) ## kill, stop and cut off ranks on nodes made of network na
 	PYTHON=$(BIN)/python tests/faults/run.sh $(or $(ARGS),--faults-json benchmarks/results/faults.json)
 	$(BIN)/python -m benchmarks.kill_schedule
 
-check: $(INSTALLED) ## formatting, lint and strict types
+check: $(INSTALLED) ## formatting, lint, import order and strict types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 format: $(INSTALLED) ## format and mend what lint can mend

@@ -28,9 +28,9 @@ class Visit(NamedTuple):
     """How many visits came before, in this lockstep."""
     layer: str
 
-    def describe(self, direction: str) -> str:
-        _, lockstep = self.lockstep
-        return f"lockstep: layer {self.layer}, the {direction} of meeting {self.number} of lockstep {lockstep}"
+    def describe(self, direction: str) -> list[str]:
+        """For ranks at odds: the call, the layer, and where in the lockstep that is."""
+        return ["lockstep", self.layer, f"{direction} of meeting {self.number}, lockstep {self.lockstep[1]}"]
 
 
 class Exchange:
@@ -41,7 +41,7 @@ class Exchange:
     """
 
     def __init__(self, group: Group, layers: Sequence[NamedLayer]) -> None:
-        self._transport = connect(group)
+        self._transport = connect(group, call="lockstep")
         # Equal layers on all ranks make messages of equal size.
         _, self._size = verify_layout(group, self._transport, layers)
         self._agreement = Agreement() if group is None else agreement_of(group)
@@ -87,12 +87,14 @@ class Exchange:
             self._raise_at_odds(visit.describe(direction))
         return message[HEADER : HEADER + values.numel()].to(values.device)
 
-    def _raise_at_odds(self, here: str) -> NoReturn:
+    def _raise_at_odds(self, here: list[str]) -> NoReturn:
         """Name where each rank is. Collective."""
         self._agreement.end_at_odds()
-        calls = [texts[0] for texts in gather_texts(self._transport, [here])]
-        where = "; ".join(f"rank {rank} in {call}" for rank, call in enumerate(calls))
+        everyones = gather_texts(self._transport, here, at_least=1)
+        places = [texts[1:] if len(texts) == len(here) else [texts[0], texts[0]] for texts in everyones]
+        where = ", ".join(f"rank {rank} {layer}" for rank, (layer, _) in enumerate(places))
+        details = "; ".join(detail for _, detail in places)
         raise LockstepError(
-            f"ranks meet different layers: {where}. The forward must take the same way on all ranks, and all of them "
-            "must walk its backward, or none"
+            f"ranks meet different layers: {where} ({details}). The forward must take the same way on all ranks, and "
+            "all of them must walk its backward, or none"
         )

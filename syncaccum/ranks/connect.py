@@ -21,12 +21,13 @@ _LONGEST = 2**20
 _COUNTS_OF_RANKS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
-def connect(group: Group, timeout: float | None = None) -> Transport:
+def connect(group: Group, timeout: float | None = None, call: str = "commit") -> Transport:
     """The transport of a resolved group. Not collective.
 
     Args:
         group: what ``resolve_group`` returned.
         timeout: seconds from now in which its collectives must end, instead of the group's own timeout for each.
+        call: what its collectives are for, in messages.
 
     Raises:
         CommitError: no group, although a launcher started several ranks; or a group that was destroyed.
@@ -37,8 +38,8 @@ def connect(group: Group, timeout: float | None = None) -> Transport:
     try:
         if isinstance(group, Communicator):
             check_communicator(group.comm)
-            return MPITransport(group, timeout)
-        return TorchTransport(group, timeout)
+            return MPITransport(group, timeout, call)
+        return TorchTransport(group, timeout, call)
     except ValueError as error:
         raise CommitError(
             f"the process group of some layers is of no use ({error}): it was destroyed or freed, or this rank is not "
@@ -59,13 +60,13 @@ def _refuse_to_be_alone(environment: Mapping[str, str]) -> None:
             )
 
 
-def gather_texts(transport: Transport, texts: Sequence[str]) -> list[list[str]]:
+def gather_texts(transport: Transport, texts: Sequence[str], *, at_least: int = 0) -> list[list[str]]:
     """Every rank's texts, in rank order. Collective: two all-reduces, so that it ends when they do.
 
     JSON, and checked: nothing that a peer sends is executed. All ranks judge the same bytes and decide alike.
 
     Raises:
-        CommitError: a peer is gone, or sent something else.
+        CommitError: a peer is gone, or sent something else than ``at_least`` so many texts.
     """
     mine = json.dumps(list(texts)).encode()
     if len(mine) > _LONGEST:
@@ -85,14 +86,14 @@ def gather_texts(transport: Transport, texts: Sequence[str]) -> list[list[str]]:
     if not ((everyones >= 0) & (everyones <= 255)).all():
         raise CommitError("a peer sent something that is no text")
     rows = zip(everyones.to(torch.uint8), lengths, strict=True)
-    return [_read_texts(bytes(row[:length].tolist()), rank) for rank, (row, length) in enumerate(rows)]
+    return [_read_texts(bytes(row[:length].tolist()), rank, at_least) for rank, (row, length) in enumerate(rows)]
 
 
-def _read_texts(sent: bytes, rank: int) -> list[str]:
+def _read_texts(sent: bytes, rank: int, at_least: int) -> list[str]:
     try:
         texts = json.loads(sent)
     except (ValueError, RecursionError) as error:
         raise CommitError(f"rank {rank} sent something that is no text: {type(error).__name__}") from error
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise CommitError(f"rank {rank} sent something else than a list of texts")
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts) or len(texts) < at_least:
+        raise CommitError(f"rank {rank} sent something else than a list of {at_least} or more texts")
     return texts

@@ -17,10 +17,11 @@ from syncaccum.ranks.transport import SHORTEST, count_down, lost_peer
 class MPITransport:
     """Sums in host memory, in place."""
 
-    def __init__(self, communicator: Communicator, timeout: float | None) -> None:
+    def __init__(self, communicator: Communicator, timeout: float | None, call: str) -> None:
         self._communicator = communicator
         self._comm = communicator.comm
         self._remaining = count_down(timeout)
+        self.call = call
         self.rank = self._comm.Get_rank()
         self.size = self._comm.Get_size()
 

@@ -23,9 +23,10 @@ _NOBODYS_TAG = 2**30 + 1
 class TorchTransport:
     """Sums over a ProcessGroup."""
 
-    def __init__(self, group: dist.ProcessGroup, timeout: float | None) -> None:
+    def __init__(self, group: dist.ProcessGroup, timeout: float | None, call: str) -> None:
         self._group = group
         self._remaining = count_down(timeout)
+        self.call = call
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
 

@@ -20,6 +20,8 @@ class Transport(Protocol):
 
     rank: int
     size: int
+    call: str
+    """What its collectives are for, in messages: commit, lockstep."""
 
     def choose_device(self, device: torch.device) -> torch.device:
         """Where a tensor must live to be reduced; ``device`` itself where the group can reach it."""
@@ -33,6 +35,7 @@ class Alone:
 
     rank = 0
     size = 1
+    call = "commit"
 
     def choose_device(self, device: torch.device) -> torch.device:
         return device
@@ -51,7 +54,8 @@ def count_down(timeout: float | None) -> Callable[[], float] | None:
 
 def lost_peer(transport: Transport) -> CommitError:
     """The error of an all-reduce that did not come to its end."""
+    call = transport.call
     return CommitError(
-        f"rank {transport.rank} of {transport.size}: an all-reduce of syncaccum failed, because a peer is gone, is "
-        "stuck or did not make the same call; running statistics are unchanged and the window is kept"
+        f"rank {transport.rank} of {transport.size}: the all-reduce of a {call} failed, because a peer is gone, is "
+        f"stuck or did not call {call}; running statistics are unchanged and the window is kept"
     )

@@ -85,7 +85,7 @@ class _Joinable(Joinable):
         super().__init__()
         self.model = ddp
         self._layers: list[nn.Module] = [layer for _, layer in tracking_layers(ddp)]
-        self._transport = connect(resolve_group(self.join_process_group))
+        self._transport = connect(resolve_group(self.join_process_group), call="join")
         self._waiting = False
 
     def join_hook(self, **_: Any) -> JoinHook:

@@ -120,7 +120,7 @@ def raise_layout_mismatch(
     group: Group, transport: Transport, members: Sequence[NamedLayer], call: str = "commit"
 ) -> NoReturn:
     """Name the first difference between the ranks' calls, layers, or batches tracked. Collective."""
-    everyones = gather_texts(transport, [call, *map(_render_layer, _describe_layers(members))])
+    everyones = gather_texts(transport, [call, *map(_render_layer, _describe_layers(members))], at_least=1)
     _compare_calls([texts[0] for texts in everyones])
     for rank, theirs in enumerate(everyones):
         for index, (first, other) in enumerate(itertools.zip_longest(everyones[0], theirs, fillvalue="no such layer")):
@@ -146,7 +146,7 @@ def raise_layout_mismatch(
 
 def _compare_calls(calls: Sequence[str]) -> None:
     if len(set(calls)) > 1:
-        where = "; ".join(f"rank {rank} in {call}" for rank, call in enumerate(calls))
+        where = ", ".join(f"rank {rank} {call}" for rank, call in enumerate(calls))
         raise LayoutMismatchError(
             f"ranks make different calls: {where}. Some have skipped or repeated one: call the same function on every "
             "rank, for the same models in the same order. Running statistics are unchanged and the window is kept"

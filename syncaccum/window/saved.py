@@ -79,14 +79,15 @@ def gather_window_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _gather_group(group: Group, members: Sequence[NamedLayer]) -> dict[str, Tensor]:
-    transport = connect(group)
+    call = "gather_window_state_dict"
+    transport = connect(group, call=call)
     layout, message_size = verify_layout(group, transport, members)
     # Of its own: a peer that commits meanwhile must not take this for a commit.
-    fingerprint = Fingerprint.of(layout.key, "gather")
+    fingerprint = Fingerprint.of(layout.key, call)
     windows = [layer._accumulation.window for _, layer in members]
     reduced = reduce_windows(transport, fingerprint, message_size, windows)
     if not fingerprint.agrees(reduced[:HEADER].tolist(), transport.size):
-        raise_layout_mismatch(group, transport, members, "gather_window_state_dict")
+        raise_layout_mismatch(group, transport, members, call)
     _, *sums = torch.split(reduced, layout.sizes)
     return {name: window.clone().unsqueeze(0) for (name, _), window in zip(members, sums, strict=True)}
 

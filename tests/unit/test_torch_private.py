@@ -1,0 +1,161 @@
+"""Guards of every private name of torch that is used: each fails when torch changes what it means."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from syncaccum import torch_private
+
+
+@pytest.fixture
+def group() -> Any:
+    """A default process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_the_base_of_every_batch_norm() -> None:
+    for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
+        assert issubclass(cls, torch_private.BatchNormBase)
+    assert not issubclass(nn.InstanceNorm1d, torch_private.BatchNormBase)
+
+
+def test_a_hook_runs_in_backward_and_code_around_it_does_not() -> None:
+    seen = []
+    x = torch.ones(1, requires_grad=True)
+    x.register_hook(lambda _: seen.append(torch_private.runs_in_backward()))
+    assert not torch_private.runs_in_backward()
+    x.sum().backward()
+    assert not torch_private.runs_in_backward()
+    assert seen == [True]
+
+
+def test_what_a_module_owns() -> None:
+    outer = nn.Sequential(nn.BatchNorm1d(2))
+    assert torch_private.buffers_of(outer) == torch_private.parameters_of(outer) == {}
+    assert torch_private.submodules_of(outer) == {"0": outer[0]}
+    assert torch_private.buffers_of(outer[0])["running_mean"] is outer[0].running_mean
+    assert torch_private.parameters_of(outer[0]) == {"weight": outer[0].weight, "bias": outer[0].bias}
+
+
+def test_many_tensors_at_once() -> None:
+    tensors = [torch.ones(2), torch.ones(3, dtype=torch.float64), torch.tensor(1)]
+    torch_private.add_to_all(tensors, 2)
+    assert [t.tolist() for t in tensors] == [[3, 3], [3, 3, 3], 3]
+    torch_private.copy_all(tensors[:2], [torch.zeros(2, dtype=torch.float64), torch.ones(3)])
+    assert [t.tolist() for t in tensors] == [[0, 0], [1, 1, 1], 3]
+    torch_private.zero_all(tensors)
+    assert not any(t.any() for t in tensors)
+
+
+def test_the_ddp_in_whose_forward_we_are(group: None) -> None:
+    seen = []
+
+    class Looks(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch_private.ddp_in_forward())
+            return super().forward(x)
+
+    ddp = DistributedDataParallel(Looks(2, 2))
+    assert torch_private.ddp_in_forward() is None
+    ddp(torch.ones(1, 2))
+    assert torch_private.ddp_in_forward() is None
+    assert seen == [ddp]
+
+
+def test_the_settings_of_ddps_join(group: None) -> None:
+    ddp = DistributedDataParallel(nn.Linear(2, 2))
+    seen = []
+    with ddp.join(throw_on_early_termination=True):
+        seen.append(torch_private.join_settings(ddp))
+        ddp(torch.ones(1, 2)).sum().backward()
+    (settings,) = seen
+    assert (settings.enable, settings.throw_on_early_termination, settings.is_first_joinable) == (True, True, True)
+    torch_private.set_join_settings(ddp, enable=False)
+    assert not torch_private.join_settings(ddp).enable
+    assert torch_private.join_settings(ddp).throw_on_early_termination
+
+
+def test_the_innermost_saved_tensor_hooks() -> None:
+    def pack(tensor: Tensor) -> Tensor:
+        return tensor
+
+    def unpack(tensor: Tensor) -> Tensor:
+        return tensor * 2
+
+    assert torch_private.saved_tensor_hooks() is None
+    with torch.autograd.graph.saved_tensors_hooks(pack, pack), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        assert torch_private.saved_tensor_hooks() == (pack, unpack)
+
+
+class _FunctionMode(TorchFunctionMode):
+    calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _DispatchMode(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_function_modes_are_seen_and_put_in_force() -> None:
+    mode = _FunctionMode()
+    with mode:
+        assert torch_private.function_modes() == [mode]
+    mode.calls = 0
+    with torch_private.in_function_mode(mode):
+        torch.add(torch.ones(1), 1)
+    assert mode.calls == 2
+    torch.add(torch.ones(1), 1)
+    assert mode.calls == 2
+    assert torch_private.function_modes() == []
+
+
+def test_dispatch_modes_are_seen_and_put_in_force() -> None:
+    mode = _DispatchMode()
+    with mode:
+        assert torch_private.dispatch_modes() == [mode]
+    mode.calls = 0
+    with torch_private.in_dispatch_mode(mode):
+        torch.add(torch.ones(1), 1)
+    assert mode.calls == 2
+    assert torch_private.dispatch_modes() == []
+
+
+def test_no_other_file_of_the_package_names_one() -> None:
+    package = Path(torch_private.__file__).parent
+    found = []
+    for path in package.rglob("*.py"):
+        if path.name == "torch_private.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+                parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+                found += [(path.name, part) for part in parts if part.startswith("_")]
+            if isinstance(node, ast.Attribute) and _is_of_torch(node) and node.attr.startswith("_"):
+                found.append((path.name, node.attr))
+    assert not [where for where in found if not where[1].endswith("__")]
+
+
+def _is_of_torch(node: ast.AST) -> bool:
+    """Whether an attribute is reached from the name ``torch`` or ``dist``, or from a DDP."""
+    while hasattr(node, "value"):
+        node = node.value
+    return getattr(node, "id", None) in ("torch", "dist", "ddp", "DistributedDataParallel", "nn", "F")
