@@ -14,7 +14,9 @@ from syncaccum.layer.convert import AccumulateBatchNorm, convert_sync_accum, rev
 from syncaccum.moments import Moments
 from syncaccum.window.commit import CommitReport, commit
 from syncaccum.window.join import join
-from syncaccum.window.saved import discard, gather_window_state_dict, load_window_state_dict, window_state_dict
+from syncaccum.window.counted import discard, not_counted
+from syncaccum.window.recalibrate import recalibrate
+from syncaccum.window.saved import gather_window_state_dict, load_window_state_dict, window_state_dict
 from syncaccum.window.step_hook import commit_on_step
 
 __all__ = [
@@ -36,6 +38,8 @@ __all__ = [
     "join",
     "load_window_state_dict",
     "lockstep",
+    "not_counted",
+    "recalibrate",
     "revert_sync_accum",
     "window_state_dict",
 ]

@@ -40,7 +40,13 @@ class Accumulation:
     window: Tensor
     """Packed moments, float64."""
     momentum: float | None
-    """Of the last forward that counted. Where it is 0 now, a commit still needs the one of its window."""
+    """Of the last forward that counted. A commit folds the window with it, whatever the layer says by then."""
+    always_counts: bool
+    """Whether the layer had momentum 0 from the start. Else a forward under momentum 0 counts nothing."""
+    is_open: bool = False
+    """Whether any forward counted since the last commit."""
+    is_committed: bool = False
+    """Whether there was a commit since the statistics were reset."""
     micro_batches: int = 0
     """In the open window, where Python counts: not in compiled forwards."""
     uncounted: int = 0
@@ -54,9 +60,14 @@ class Accumulation:
         check_settings(self.normalization, self.r_max, self.d_max, self.prior_count)
 
     def drop(self) -> None:
-        """Start a new window."""
+        """Forget the open window."""
         self.window.zero_()
+        self.close()
+
+    def close(self) -> None:
+        """The window is empty: a new one starts."""
         self.micro_batches = 0
+        self.is_open = False
 
 
 class Accumulating(BatchNormBase):
@@ -68,12 +79,14 @@ class Accumulating(BatchNormBase):
         super().reset_running_stats()
         if "_accumulation" in self.__dict__:  # not yet in nn.BatchNorm's constructor
             self._accumulation.drop()
+            self._accumulation.is_committed = False
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # The window belongs to the statistics that were replaced.
         if prefix + "running_mean" in state_dict:
             self._accumulation.drop()
+            self._accumulation.is_committed = True
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -118,6 +131,7 @@ def adopt(
         prior_count,
         window=_make_window(layer),
         momentum=layer.momentum,
+        always_counts=layer.momentum == 0,
         name=name,
     )
 
@@ -144,20 +158,18 @@ def is_counted(layer: Accumulating) -> bool:
     A layer whose momentum always was 0 counts: its commits change its statistics by nothing, and are counted.
     """
     state = layer._accumulation
-    return not state.uncounted and (layer.momentum != 0 or state.momentum == 0)
+    return not state.uncounted and (layer.momentum != 0 or state.always_counts)
 
 
 def accumulate(layer: Accumulating, sums: Tensor) -> None:
     """Add a micro-batch's packed moments to the window. Not collective."""
     state = layer._accumulation
-    if state.momentum != layer.momentum:
-        if state.momentum == 0:
-            state.window.zero_()  # what came before counts for nothing
-        state.momentum = layer.momentum
+    state.momentum = layer.momentum
+    state.is_open = True
     if torch.compiler.is_compiling():
         state.window.add_(sums)  # alone: a Python counter would recompile every call
         return
-    if runs_in_backward():
+    if runs_in_backward():  # a checkpoint's second forward
         return
     if getattr(layer, "_is_replica", False):
         with _replicas:
@@ -193,9 +205,10 @@ def _warn_of_forgotten_commits() -> None:
 
 
 def commit_momentum(layer: Accumulating) -> float | None:
-    """The momentum to fold the open window with: that of the forwards that counted."""
-    momentum = layer.momentum
-    return layer._accumulation.momentum if momentum == 0 else momentum
+    """The momentum to fold the open window with: of the forwards that counted, else what the next one would have."""
+    state, momentum = layer._accumulation, layer.momentum
+    paused = momentum == 0 and not state.always_counts
+    return state.momentum if state.is_open or paused else momentum
 
 
 def check_settings(normalization: str, r_max: float = 1.5, d_max: float = 0.5, prior_count: float = 1.0) -> None:

@@ -205,7 +205,8 @@ def _apply(layout: Layout, layers: Sequence[Accumulating], reduced: Tensor) -> N
     add_to_all(counters, 1)
     zero_all([layer._accumulation.window for layer in layers])
     for layer in layers:
-        layer._accumulation.micro_batches = 0
+        layer._accumulation.close()
+        layer._accumulation.is_committed = True
 
 
 def _factors(layers: Sequence[Accumulating], layout: Layout, device: torch.device) -> Tensor | float:

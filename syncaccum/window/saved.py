@@ -1,4 +1,4 @@
-"""A model's open windows: discard, save, gather, load."""
+"""A model's open windows in checkpoints: save, gather, load."""
 
 from __future__ import annotations
 
@@ -14,19 +14,6 @@ from syncaccum.ranks.groups import Group, resolve_group
 from syncaccum.window.commit import reduce_windows
 from syncaccum.window.layers import NamedLayer, for_each_group, tracking_layers
 from syncaccum.window.layout import raise_layout_mismatch, verify_layout
-
-
-def discard(model: nn.Module) -> None:
-    """Drop the open window of every layer; running statistics stay as they are.
-
-    For a window that must not count: after an out-of-memory retry, a skipped batch, a NaN. Not collective, but
-    the ranks should agree: each drops its own part of the global batch.
-
-    Raises:
-        NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
-    """
-    for _, layer in tracking_layers(model):
-        layer._accumulation.drop()
 
 
 def window_state_dict(model: nn.Module) -> dict[str, Tensor]:
