@@ -11,6 +11,12 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Without pytest-timeout, as in `make test-fast`, its setting in pyproject.toml is known and does nothing."""
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "seconds for each test, where pytest-timeout is installed")
+
+
 @pytest.hookimpl(optionalhook=True)  # the hook is there only with xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With ``--dist loadgroup``, keep tests that share rank processes (by folder), or runs (by file), on one worker.
