@@ -42,11 +42,12 @@ def _make_names(rank: int, folder: Path) -> dict[str, Any]:
     # Rank 0 has more micro-batches than the others, and the last of them is a smaller one.
     start, sizes = (0, (8, 8, 4)) if rank == 0 else (20 * rank, (8, 8))
     mine = slice(start, start + sum(sizes))
+    parts = [torch.split(samples[mine], sizes) for samples in (images.pixels, images.classes)]
     return {
         "syncaccum": syncaccum,
         "model": model,
         "loss_fn": F.cross_entropy,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
-        "micro_batches": list(zip(images.pixels[mine].split(sizes), images.classes[mine].split(sizes), strict=True)),
+        "micro_batches": list(zip(*parts, strict=True)),
         "folder": folder,
     }
