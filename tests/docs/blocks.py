@@ -40,7 +40,7 @@ def _make_names(rank: int, folder: Path) -> dict[str, Any]:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 10))
     images, _ = load_split(torch.device("cpu"), torch.float32)
     # Rank 0 has more micro-batches than the others, and the last of them is a smaller one.
-    start, sizes = (0, (8, 8, 4)) if rank == 0 else (20 * rank, (8, 8))
+    start, sizes = (0, [8, 8, 4]) if rank == 0 else (20 * rank, [8, 8])
     mine = slice(start, start + sum(sizes))
     parts = [torch.split(samples[mine], sizes) for samples in (images.pixels, images.classes)]
     return {
