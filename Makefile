@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+FAST := .venv-fast
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults test-multinode check format bench equivalence clean
+.PHONY: help demo test test-fast faults test-multinode check format bench equivalence clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -33,6 +34,18 @@ demo: $(INSTALLED) ## train a ResNet on digits over two gloo ranks with gradient
 test: $(INSTALLED) ## run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
+# TORCH=torch==2.9.1 tries another torch, installed anew each time, with the newest of what it needs.
+ifdef TORCH
+.PHONY: $(FAST)/.installed
+endif
+$(FAST)/.installed: constraints.txt
+	$(PYTHON) -m venv --clear $(FAST)
+	$(FAST)/bin/python -m pip install --quiet $(or $(TORCH),--constraint constraints.txt torch) pytest
+	$(if $(TORCH),,touch $@)
+
+test-fast: $(FAST)/.installed ## run the unit tests, which need torch and pytest alone
+	$(FAST)/bin/python -m pytest tests/unit $(ARGS)
+
 test-multinode: $(INSTALLED) ## run the tests that span nodes, in clusters of containers; docker/engine.sh gets an engine
 	docker/run.sh $(ARGS)
 	$(if $(ARGS),,docker/replace_node.sh)
@@ -58,4 +71,4 @@ equivalence: $(INSTALLED) ## compare normalization policies with the large batch
 	$(BIN)/python -m launch.equivalence $(ARGS)
 
 clean: ## remove the virtual environment and what runs left behind
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(FAST) runs

@@ -29,7 +29,10 @@ class Moments:
 
     Example::
 
-        >>> both = Moments.of(first) + Moments.of(second)     # as Moments.of(torch.cat([first, second]))
+        >>> first, second = torch.randn(3, 8), torch.randn(5, 8)
+        >>> both = Moments.of(first) + Moments.of(second)  # as Moments.of(torch.cat([first, second]))
+        >>> both.count
+        tensor(8., dtype=torch.float64)
     """
 
     count: Tensor

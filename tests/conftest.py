@@ -11,6 +11,12 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Without pytest-timeout, as in `make test-fast`, its setting in pyproject.toml is known and does nothing."""
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "seconds for each test, where pytest-timeout is installed")
+
+
 @pytest.hookimpl(optionalhook=True)  # the hook is there only with xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With ``--dist loadgroup``, keep tests that share rank processes (by folder), or runs (by file), on one worker.
@@ -25,7 +31,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             if "tests/distributed/" in nodeid:
                 return "tests/distributed/"
-            if "tests/launch/" in nodeid or "tests/mpi/" in nodeid:
+            if any(folder in nodeid for folder in ("tests/docs/", "tests/launch/", "tests/mpi/")):
                 return nodeid.split("::")[0]
             return super()._split_scope(nodeid)
 

@@ -69,10 +69,13 @@ def lockstep(
 
     Example::
 
-        >>> losses = lockstep(model, lambda batch: loss_fn(model(batch.x), batch.y) * len(batch) / window, batches)
+        >>> model = syncaccum.convert_sync_accum(model)
+        >>> examples = sum(len(y) for _, y in micro_batches)
+        >>> forward = lambda batch: loss_fn(model(batch[0]), batch[1], reduction="sum") / examples
+        >>> losses = lockstep(model, forward, micro_batches)
         >>> sum(losses).backward()
         >>> optimizer.step()
-        >>> commit(model)
+        >>> report = syncaccum.commit(model)
     """
     batches = list(micro_batches)
     _refuse_call(len(batches), offload)

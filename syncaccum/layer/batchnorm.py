@@ -78,9 +78,11 @@ class SyncAccumBatchNorm(Accumulating):
     Example::
 
         >>> layer = SyncAccumBatchNorm(64)
-        >>> for micro_batch in window:
-        ...     layer(micro_batch)
+        >>> for micro_batch in torch.randn(3, 8, 64, 7, 7):
+        ...     output = layer(micro_batch)
         >>> layer.update_stats()
+        >>> layer.num_batches_tracked
+        tensor(1)
     """
 
     _made_from: tuple[type[SyncAccumBatchNorm], type, frozenset[str]] | None = None

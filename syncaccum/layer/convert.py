@@ -111,6 +111,8 @@ class AccumulateBatchNorm(SyncAccumBatchNorm):
     Example::
 
         >>> layer = AccumulateBatchNorm(nn.BatchNorm2d, 64)
+        >>> layer.normalization
+        'running'
     """
 
     def __init__(self, bn_class: type[nn.Module], num_features: int, **bn_kwargs: Any) -> None:

@@ -36,11 +36,13 @@ def not_counted(model: nn.Module) -> Iterator[None]:
 
     Example::
 
-        >>> loss_fn(model(images), labels).backward()
-        >>> with syncaccum.not_counted(model):
-        ...     loss_fn(model(adversarial), labels).backward()
+        >>> model = syncaccum.convert_sync_accum(model)
+        >>> x, y = micro_batches[0]
+        >>> loss_fn(model(x), y).backward()
+        >>> with not_counted(model):
+        ...     loss_fn(model(x + 0.1 * x.abs()), y).backward()
         >>> optimizer.step()
-        >>> syncaccum.commit(model)
+        >>> report = syncaccum.commit(model)  # of x alone
     """
     states = [layer._accumulation for _, layer in tracking_layers(model)]
     for state in states:

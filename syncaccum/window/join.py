@@ -51,11 +51,11 @@ def join(ddp: DistributedDataParallel) -> Iterator[None]:
 
     Example::
 
-        >>> ddp = DistributedDataParallel(convert_sync_accum(model))
-        >>> commit_on_step(ddp, optimizer)
-        >>> with syncaccum.join(ddp):
-        ...     for micro_batch in micro_batches:  # more on some ranks than on others
-        ...         loss(ddp(micro_batch)).backward()
+        >>> ddp = DistributedDataParallel(syncaccum.convert_sync_accum(model))
+        >>> handle = syncaccum.commit_on_step(ddp, optimizer)
+        >>> with join(ddp):
+        ...     for x, y in micro_batches:  # more on some ranks than on others
+        ...         loss_fn(ddp(x), y).backward()
         ...         optimizer.step()
         ...         optimizer.zero_grad()
     """

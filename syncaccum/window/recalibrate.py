@@ -55,9 +55,9 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any
 
     Example::
 
-        >>> swa_model = torch.optim.swa_utils.AveragedModel(model)
-        >>> # ... training, with swa_model.update_parameters(model)
-        >>> syncaccum.recalibrate(swa_model, loader)
+        >>> averaged = torch.optim.swa_utils.AveragedModel(syncaccum.convert_sync_accum(model))
+        >>> averaged.update_parameters(model)
+        >>> report = recalibrate(averaged, micro_batches)
     """
     layers = tracking_layers(model)
     with _training(model), _measuring([layer for _, layer in layers]):

@@ -52,12 +52,15 @@ def gather_window_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Example::
 
+        >>> import torch.distributed.checkpoint
+        >>> model = syncaccum.convert_sync_accum(model)
         >>> state = {"model": model.state_dict(), "windows": gather_window_state_dict(model)}
-        >>> torch.distributed.checkpoint.save(state, checkpoint_id=folder)
+        >>> written = torch.distributed.checkpoint.save(state, checkpoint_id=folder)
         >>> # ... later, on as many ranks as there are then; load fills the tensors it is given
         >>> state = {"model": model.state_dict(), "windows": gather_window_state_dict(model)}
         >>> torch.distributed.checkpoint.load(state, checkpoint_id=folder)
         >>> model.load_state_dict(state["model"])
+        <All keys matched successfully>
         >>> load_window_state_dict(model, state["windows"])
     """
     layers = tracking_layers(model)
