@@ -6,12 +6,14 @@ torch may change these without a word. Then one test of ``tests/unit/test_torch_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 import torch.overrides
 from torch import Tensor, nn
+from torch._functorch import pyfunctorch
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _python_dispatch as dispatch
@@ -22,6 +24,32 @@ __all__ = ["BatchNormBase"]
 def runs_in_backward() -> bool:
     """Whether autograd runs this forward again, as torch.utils.checkpoint makes it do, reentrant or not."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func, or forward-mode AD, differentiates what runs now."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def take_out_of_transforms(tensor: Tensor) -> Tensor:
+    """The plain tensor inside those that torch.func's transforms wrap; of a batch of vmap, all of it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.detach()
+
+
+def is_in_vmap(tensor: Tensor) -> bool:
+    """Whether vmap has one of this tensor for each of many examples."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
+
+
+def outside_transforms() -> AbstractContextManager[None]:
+    """No transform of torch.func is in force: it would refuse to change a tensor that it does not know."""
+    return pyfunctorch.temporarily_clear_interpreter_stack()  # type: ignore[no-any-return]
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:

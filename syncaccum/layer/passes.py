@@ -19,6 +19,7 @@ from syncaccum.layer.measure import Measured, channel_origin, measure
 from syncaccum.layer.memory_order import as_columns, is_rows, make_dense, match_order, per_channel
 from syncaccum.layer.policies import Normalizer, Policy
 from syncaccum.moments import pack_statistics
+from syncaccum.torch_private import is_transformed
 
 ReduceSums = Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
 
@@ -131,8 +132,9 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Pol
         policy: turns the micro-batch's moments into what to apply.
     """
     x = make_dense(x)
-    if torch.compiler.is_compiling():
-        # The compiler fuses plain operations better than it can our passes, and differentiates them itself.
+    if torch.compiler.is_compiling() or is_transformed():
+        # Compilers fuse plain operations better than our passes.
+        # Transforms of torch.func differentiate them in their own ways.
         return _compose(x, weight, bias, policy)
     with torch.no_grad():
         measured = measure(x)

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from syncaccum.moments import Moments
 from syncaccum.ranks.groups import Group, GroupHandle
-from syncaccum.torch_private import BatchNormBase, buffers_of, runs_in_backward
+from syncaccum.torch_private import (
+    BatchNormBase,
+    buffers_of,
+    is_in_vmap,
+    is_transformed,
+    outside_transforms,
+    runs_in_backward,
+    take_out_of_transforms,
+)
 
 POLICIES = ("renorm", "batch", "running")
 """The names of the normalization policies; `policies` says what they are."""
@@ -162,22 +170,29 @@ def is_counted(layer: Accumulating) -> bool:
 
 
 def accumulate(layer: Accumulating, sums: Tensor) -> None:
-    """Add a micro-batch's packed moments to the window. Not collective."""
+    """Add a micro-batch's packed moments to the window. Not collective.
+
+    Raises:
+        RuntimeError: under ``torch.vmap``, which has a micro-batch of its own for each example.
+    """
     state = layer._accumulation
+    # Assigned, never read: a compiled forward must not depend on them.
     state.momentum = layer.momentum
     state.is_open = True
     if torch.compiler.is_compiling():
-        state.window.add_(sums)  # alone: a Python counter would recompile every call
+        add_unless_in_backward(state.window, sums)
         return
     if runs_in_backward():  # a checkpoint's second forward
         return
-    if getattr(layer, "_is_replica", False):
+    if is_transformed():
+        _refuse_vmap(layer, sums)
+        with outside_transforms():
+            _add(state, take_out_of_transforms(sums))
+    elif getattr(layer, "_is_replica", False):
         with _replicas:
             state.window.add_(sums.to(state.window.device))
-        return
-    if state.window.device != sums.device or state.window.is_inference():
-        state.window = _bring_home(state.window, sums.device)
-    state.window.add_(sums)
+    else:
+        _add(state, sums)
     state.micro_batches += 1
     if state.micro_batches == _FORGOTTEN_AFTER:
         _warn_of_forgotten_commits()
@@ -187,11 +202,32 @@ _replicas = threading.Lock()
 """DataParallel's replicas share one window, and run in threads."""
 
 
+def _add(state: Accumulation, sums: Tensor) -> None:
+    if state.window.device != sums.device or state.window.is_inference():
+        state.window = _bring_home(state.window, sums.device)
+    state.window.add_(sums)
+
+
 def _bring_home(window: Tensor, device: torch.device) -> Tensor:
     """The window on the device of the data, whatever moved that."""
     if window.is_meta:  # which never held a sum
         return torch.zeros_like(window, device=device)
     return window.detach().clone().to(device)
+
+
+def _refuse_vmap(layer: Accumulating, sums: Tensor) -> None:
+    if is_in_vmap(sums):
+        raise RuntimeError(
+            f"a training forward under torch.vmap would be a micro-batch for each example: call {layer} on the whole "
+            "batch, or in eval mode"
+        )
+
+
+@torch.library.custom_op("syncaccum::add_unless_in_backward", mutates_args={"window"})
+def add_unless_in_backward(window: Tensor, sums: Tensor) -> None:
+    """Of compiled forwards. They cannot ask where they run; this can, each time that it runs."""
+    if not runs_in_backward():
+        window.add_(sums)
 
 
 def _warn_of_forgotten_commits() -> None:
