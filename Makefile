@@ -54,7 +54,7 @@ bench: $(INSTALLED) ## run every benchmark; results go to benchmarks/results
 	PATH="$(CURDIR)/$(BIN):$$PATH" benchmarks/run_all.sh
 
 equivalence: $(INSTALLED) ## compare normalization policies with the large batch; ARGS=--quick takes a minute
-	$(BIN)/python -m launch.equivalence $(ARGS)
+	$(BIN)/python -m benchmarks.equivalence $(ARGS)
 
 clean: ## remove the virtual environment and what runs left behind
 	rm -rf $(VENV) runs

@@ -25,7 +25,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             if "tests/distributed/" in nodeid:
                 return "tests/distributed/"
-            if "tests/launch/" in nodeid or "tests/mpi/" in nodeid:
+            if any(f"tests/{folder}/" in nodeid for folder in ("launch", "mpi", "benchmarks")):
                 return nodeid.split("::")[0]
             return super()._split_scope(nodeid)
 

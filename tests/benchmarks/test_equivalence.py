@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from launch import equivalence_runner
-from launch.equivalence import main
-from launch.equivalence_cases import Case, Limits, add_references, plan_full, plan_quick
-from launch.equivalence_policies import apply_policy
-from launch.equivalence_ranks import train_on_ranks
-from launch.equivalence_results import Result, Store
-from launch.equivalence_spread import measure_spreads
-from launch.equivalence_tasks import load_task
-from launch.equivalence_training import Trace, train
+from benchmarks.equivalence import runner
+from benchmarks.equivalence.__main__ import main
+from benchmarks.equivalence.cases import Case, Limits, add_references, plan_full, plan_quick
+from benchmarks.equivalence.policies import apply_policy
+from benchmarks.equivalence.ranks import train_on_ranks
+from benchmarks.equivalence.results import Result, Store
+from benchmarks.equivalence.spread import measure_spreads
+from benchmarks.equivalence.tasks import load_task
+from benchmarks.equivalence.training import Trace, train
 from launch.models import build_model
 from launch.placement import Placement
 from syncaccum import SyncAccumBatchNorm
@@ -101,7 +101,7 @@ def test_a_second_start_trains_only_what_is_missing(
         trained.append(case)
         return train(case, *rest)
 
-    monkeypatch.setattr(equivalence_runner, "train", watch)
+    monkeypatch.setattr(runner, "train", watch)
     run_tiny(output, tmp_path)
     assert trained == []
     missing = Case("mlp", "renorm", 4, 0.1, 3, 10)

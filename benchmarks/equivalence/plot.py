@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
-from launch.equivalence_cases import POLICIES, REFERENCE, Case
-from launch.equivalence_results import Result
+from benchmarks.equivalence.cases import POLICIES, REFERENCE, Case
+from benchmarks.equivalence.results import Result
 from launch.files import write_atomically
 
 _ROWS = ("resnet", "mlp")

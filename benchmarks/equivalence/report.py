@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from launch.equivalence_plot import draw_plot
-from launch.equivalence_results import Result
-from launch.equivalence_spread import Spread, measure_spreads
-from launch.equivalence_tables import build_case_table, build_overview, build_spread_table
+from benchmarks.equivalence.plot import draw_plot
+from benchmarks.equivalence.results import Result
+from benchmarks.equivalence.spread import Spread, measure_spreads
+from benchmarks.equivalence.tables import build_case_table, build_overview, build_spread_table
 from launch.files import write_atomically
 
 _WIDTH = 160  # of the tables, also where stdout is a file

@@ -3,7 +3,7 @@
 The same network, data, initial weights and order: BatchNorm on the whole window is the reference, every other case
 accumulates over micro-batches. Finished cases are kept in the output folder; a second start goes on behind them.
 
-    python -m launch.equivalence --quick
+    python -m benchmarks.equivalence --quick
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.equivalence_cases import (
+from benchmarks.equivalence.cases import (
     POLICIES,
     TASKS,
     Case,
@@ -39,8 +39,8 @@ def _run(cases: Sequence[Case], output: Path, publish: Path | None) -> None:
     # Late: torch takes seconds to import, and a mistyped option should not wait for it.
     import torch
 
-    from launch.equivalence_report import report
-    from launch.equivalence_runner import run_cases
+    from benchmarks.equivalence.report import report
+    from benchmarks.equivalence.runner import run_cases
 
     torch.set_num_threads(1)  # small images: a second thread only waits
     report(run_cases(cases, output), [output] if publish is None else [output, publish])
@@ -57,7 +57,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m launch.equivalence",
+        prog="python -m benchmarks.equivalence",
         description="Compare normalization policies under gradient accumulation with BatchNorm on the whole window.",
         allow_abbrev=False,
     )

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from launch.equivalence_cases import REFERENCE, Case
-from launch.equivalence_training import Trace
+from benchmarks.equivalence.cases import REFERENCE, Case
+from benchmarks.equivalence.training import Trace
 from launch.files import write_atomically
 
 
