@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _build_parser()
     options = parser.parse_args(argv)
     _check(parser, options)
+    if options.redraw:
+        _redraw(Path(options.redraw))
+        return
     plan = (plan_quick if options.quick else plan_full)(list(dict.fromkeys(options.seeds)), options.dtype)
     limits = Limits(options.tasks, options.policies, options.micro_batches, options.lrs, options.ranks, options.steps)
     cases = add_references(limits.apply(plan))
@@ -46,9 +49,17 @@ def _run(cases: Sequence[Case], output: Path, publish: Path | None) -> None:
     report(run_cases(cases, output), [output] if publish is None else [output, publish])
 
 
+def _redraw(folder: Path) -> None:
+    from benchmarks.equivalence.report import redraw
+
+    redraw(folder)
+
+
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps {options.steps}: give 1 or more")
+    if options.redraw and not Path(options.redraw, "equivalence.json").is_file():
+        parser.error(f"--redraw {options.redraw}: there is no equivalence.json; give a folder that has one")
     for option in ("output", "publish"):
         folder = getattr(options, option)
         if folder and any(path.exists() and not path.is_dir() for path in (Path(folder), *Path(folder).parents)):
@@ -64,9 +75,10 @@ def _build_parser() -> argparse.ArgumentParser:
     scale = parser.add_mutually_exclusive_group()
     scale.add_argument("--quick", action="store_true", help="a small part of the plan, for a minute on one core")
     scale.add_argument("--full", action="store_true", help="the whole plan, for a quarter of an hour (default)")
+    scale.add_argument("--redraw", metavar="FOLDER", help="train nothing; draw the pictures of its equivalence.json")
     add = parser.add_argument
     add("--output", default="runs/equivalence", help="folder for finished cases, JSON and plot (default: %(default)s)")
-    add("--publish", metavar="FOLDER", help="also write equivalence.json and equivalence.png there")
+    add("--publish", metavar="FOLDER", help="also write equivalence.json and the pictures there")
     add(
         "--seeds",
         type=int,

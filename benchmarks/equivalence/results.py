@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,11 +39,15 @@ class Result:
 
     @classmethod
     def from_json(cls, text: str) -> Result:
-        content = json.loads(text)
-        del content["final_loss"]
-        content["case"] = Case(**content["case"])
-        content["distances"] = {int(step): value for step, value in content["distances"].items()}
-        return cls(**content)
+        return cls.from_content(json.loads(text))
+
+    @classmethod
+    def from_content(cls, content: dict[str, Any]) -> Result:
+        """Of a JSON object, as `to_json` wrote it."""
+        fields = {name: value for name, value in content.items() if name != "final_loss"}
+        fields["case"] = Case(**content["case"])
+        fields["distances"] = {int(step): value for step, value in content["distances"].items()}
+        return cls(**fields)
 
 
 class Store:
