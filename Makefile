@@ -27,8 +27,11 @@ $(VENV)/mpich:
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> "$$($@/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main_environment.pth"
 
+# A folder for each run: train.py refuses one with checkpoints, which the next demo shall not lose. ARGS may name another.
+DEMO_OUTPUT = --output runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
 demo: $(INSTALLED) ## train a ResNet on digits over two gloo ranks with gradient accumulation
-	PATH="$(CURDIR)/$(BIN):$$PATH" launch/torchrun_local.sh 2 launch/train.py $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" launch/torchrun_local.sh 2 launch/train.py $(DEMO_OUTPUT) $(ARGS)
 
 test: $(INSTALLED) ## run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
