@@ -9,6 +9,7 @@ accumulates over micro-batches. Finished cases are kept in the output folder; a 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _build_parser()
     options = parser.parse_args(argv)
     _check(parser, options)
+    try:
+        _start(parser, options)
+    except ImportError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}; pip install 'syncaccum[demo]' brings what it needs\n")
+    except OSError as error:
+        remedy = "make room or get the rights to write there, or give another folder; finished cases are kept"
+        parser.exit(1, f"{parser.prog}: error: {error}; {remedy}\n")
+
+
+def _start(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.redraw:
         _redraw(Path(options.redraw))
         return
@@ -62,7 +73,9 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error(f"--redraw {options.redraw}: there is no equivalence.json; give a folder that has one")
     for option in ("output", "publish"):
         folder = getattr(options, option)
-        if folder and any(path.exists() and not path.is_dir() for path in (Path(folder), *Path(folder).parents)):
+        if folder and any(
+            os.path.exists(path) and not os.path.isdir(path) for path in (Path(folder), *Path(folder).parents)
+        ):
             parser.error(f"--{option} {folder}: that is, or is below, a file; give a folder")
 
 

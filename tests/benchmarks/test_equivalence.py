@@ -269,6 +269,16 @@ def test_results_survive_their_file() -> None:
     assert Result.from_json(result.to_json()) == result
 
 
+@pytest.mark.parametrize("output", ["/proc/equivalence", "x" * 300], ids=lambda name: str(name[:9]))
+def test_a_folder_that_cannot_be_written_is_named_in_one_line(output: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*TINY, "--output", output])
+    assert stopped.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert output in line
+    assert "give another folder" in line
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
