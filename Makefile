@@ -28,8 +28,11 @@ $(VENV)/mpich:
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> "$$($@/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main_environment.pth"
 
+# A folder for each run: train.py refuses one with checkpoints, which the next demo shall not lose. ARGS may name another.
+DEMO_OUTPUT = --output runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
 demo: $(INSTALLED) ## train a ResNet on digits over two gloo ranks with gradient accumulation
-	PATH="$(CURDIR)/$(BIN):$$PATH" launch/torchrun_local.sh 2 launch/train.py $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" launch/torchrun_local.sh 2 launch/train.py $(DEMO_OUTPUT) $(ARGS)
 
 test: $(INSTALLED) ## run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
@@ -68,7 +71,7 @@ bench: $(INSTALLED) ## run every benchmark; results go to benchmarks/results
 	PATH="$(CURDIR)/$(BIN):$$PATH" benchmarks/run_all.sh
 
 equivalence: $(INSTALLED) ## compare normalization policies with the large batch; ARGS=--quick takes a minute
-	$(BIN)/python -m launch.equivalence $(ARGS)
+	$(BIN)/python -m benchmarks.equivalence $(ARGS)
 
 clean: ## remove the virtual environment and what runs left behind
 	rm -rf $(VENV) $(FAST) runs

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.report import Figure, publish
-from launch.resnet18 import build_resnet18
+from benchmarks.resnet18 import build_resnet18
 from syncaccum import convert_sync_accum, discard, lockstep
 
 ROUNDS = 12

@@ -1,1 +1,1 @@
-"""Training and equivalence scripts for torchrun, and the modules they are made of."""
+"""A training script for torchrun and mpirun, and the modules it is made of."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,19 @@ DTYPES = ("float32", "float64")
 RESUMES = ("no", "yes", "auto")
 TRANSPORTS = ("torch", "mpi")
 
+MISSING_PACKAGE_REMEDY = "pip install 'syncaccum[demo]' brings what train.py needs"
+
 # Options that may differ between a run and its continuation: they do not change what a step computes.
-_FREE_ON_RESUME = ("transport", "timeout", "epochs", "output", "resume", "checkpoint_every", "keep_checkpoints")
+_FREE_ON_RESUME = (
+    "transport",
+    "timeout",
+    "epochs",
+    "output",
+    "resume",
+    "overwrite",
+    "checkpoint_every",
+    "keep_checkpoints",
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,7 @@ class Arguments:
     train_images: int = TRAIN_IMAGES
     output: str = "runs/demo"
     resume: str = "no"
+    overwrite: bool = False
     checkpoint_every: int = 0
     keep_checkpoints: int = 3
 
@@ -96,8 +109,11 @@ def _check_ranges(arguments: Arguments) -> None:
 
 def _check_output(arguments: Arguments) -> None:
     output = Path(arguments.output)
-    if any(path.exists() and not path.is_dir() for path in (output, *output.parents)):
+    # os.path: Path.exists raises where a name is too long, and rank 0 tells that soon.
+    if any(os.path.exists(path) and not os.path.isdir(path) for path in (output, *output.parents)):
         raise _invalid(arguments, "output", "that is, or is below, a file; give a folder")
+    if arguments.overwrite and arguments.resume != "no":
+        raise _invalid(arguments, "resume", "--overwrite removes what it would go on from; give one of them")
 
 
 def _check_window(arguments: Arguments, ranks: int) -> None:
@@ -191,6 +207,7 @@ def _build_parser(placement: Placement) -> argparse.ArgumentParser:
         help="go on from the newest whole checkpoint in the output folder; auto: start where there is none, as a "
         "launcher that restarts the job needs it",
     )
+    add("--overwrite", action="store_true", help="start anew where the output folder has checkpoints, and remove them")
     add(
         "--checkpoint-every",
         type=int,

@@ -60,6 +60,19 @@ def _prune(folder: Path, newest: int, keep: int) -> None:
         half_written.unlink()
 
 
+def refuse_checkpoints(folder: Path) -> None:
+    """For a run that starts anew and would remove them.
+
+    Raises:
+        CheckpointError: there are some.
+    """
+    for newest in find_checkpoints(folder).values():
+        raise CheckpointError(
+            f"--output {folder}: a run has left its checkpoints there, up to {newest.name}; give --resume to go on "
+            "from it, --overwrite to remove them and start anew, or another --output"
+        )
+
+
 def load_checkpoint(folder: Path, arguments: Arguments) -> dict[str, Any] | None:
     """The newest state that is undamaged, on the CPU; None where ``--resume auto`` finds no checkpoint at all.
 
@@ -88,7 +101,7 @@ def load_checkpoint(folder: Path, arguments: Arguments) -> dict[str, Any] | None
         state = _parse(path, content)
         _check_fit(path, arguments, state)
         return state
-    raise CheckpointError(f"--resume: no checkpoint is whole: {'; '.join(damage)}. Start without --resume")
+    raise CheckpointError(f"--resume: no checkpoint is whole: {'; '.join(damage)}. Start anew: --overwrite")
 
 
 def _read_sealed(path: Path) -> bytes:

@@ -13,10 +13,14 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # One fixed name: a killed run leaves one such file at most, and the next write takes it over.
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:  # what fills a full disk helps nobody
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, path)
     _sync_folder(path.parent)
 

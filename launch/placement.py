@@ -11,6 +11,7 @@ from typing import NoReturn
 
 # torchrun looks after its ranks every 0.1 s, and when one has failed it ends the others at once.
 _LAUNCHER_REACTS_WITHIN = 5.0
+_MOST_RANKS = 1_000_000  # more than any job has
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,25 @@ class Placement:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Placement:
-        if "WORLD_SIZE" not in environment:
+        """Where this process stands; ends it, with one line per machine, where the variables contradict themselves."""
+        local_rank = environment.get("LOCAL_RANK", "")
+        speaker = cls(local_rank=int(local_rank) if local_rank.isdecimal() else 0)
+        try:
+            if "RANK" in environment or "WORLD_SIZE" in environment:
+                return cls._from_torchrun(environment)
             return cls._from_mpi(environment)
-        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        local_rank = int(environment.get("LOCAL_RANK", rank))
-        return cls(rank, size, local_rank, int(environment.get("LOCAL_WORLD_SIZE", size)), True)
+        except (ValueError, ImportError) as error:
+            speaker.stop(f"train.py: error: {error}", 2)
+
+    @classmethod
+    def _from_torchrun(cls, environment: Mapping[str, str]) -> Placement:
+        rank = _read_number(environment, "RANK", 0, _MOST_RANKS - 1)
+        size = _read_number(environment, "WORLD_SIZE", rank + 1, _MOST_RANKS)
+        local_size = _read_number({"LOCAL_WORLD_SIZE": str(size), **environment}, "LOCAL_WORLD_SIZE", 1, size)
+        local_rank = _read_number(
+            {"LOCAL_RANK": str(rank % local_size), **environment}, "LOCAL_RANK", 0, local_size - 1
+        )
+        return cls(rank, size, local_rank, local_size, True)
 
     @classmethod
     def _from_mpi(cls, environment: Mapping[str, str]) -> Placement:
@@ -58,3 +73,14 @@ class Placement:
         else:
             time.sleep(_LAUNCHER_REACTS_WITHIN)
         raise SystemExit(status)
+
+
+def _read_number(environment: Mapping[str, str], name: str, lowest: int, highest: int) -> int:
+    text = environment.get(name)
+    if text is not None and text.isdecimal() and lowest <= int(text) <= highest:
+        return int(text)
+    found = "is not set" if text is None else f"is {text!r}"
+    raise ValueError(
+        f"environment variable {name} {found}, and must be a number from {lowest} to {highest}: start with torchrun or "
+        "launch/torchrun_local.sh, which set it, or unset RANK and WORLD_SIZE to train alone"
+    )

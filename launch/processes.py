@@ -29,6 +29,19 @@ def limit_threads(placement: Placement) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // placement.local_size))
 
 
+def _join(placement: Placement, backend: str, timeout: float) -> None:
+    try:
+        if placement.mpi:
+            mpi.init_process_group(backend=backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except (ValueError, RuntimeError) as error:
+        # Only the first line: C++ frames follow.
+        problem = str(error).splitlines()[0]
+        remedy = "check MASTER_ADDR and MASTER_PORT; -m syncaccum.doctor, started in this script's place, tells more"
+        placement.stop(f"train.py: error: the ranks did not meet ({problem}); {remedy}", 1)
+
+
 @contextmanager
 def process_group(placement: Placement, device: torch.device, timeout: float) -> Iterator[None]:
     """Join the other ranks, over NCCL for GPUs and gloo for CPUs; nothing where no launcher started us."""
@@ -37,11 +50,7 @@ def process_group(placement: Placement, device: torch.device, timeout: float) ->
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if placement.mpi:
-        mpi.init_process_group(backend=backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    _join(placement, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout)
     try:
         yield
     finally:

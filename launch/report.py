@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -55,11 +58,29 @@ class SilentReporter:
         return
 
 
+@contextmanager
+def _leave_errors_to_callers() -> Iterator[None]:
+    """TensorBoard's thread hands its errors to whoever calls next; it shall not print them besides."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not isinstance(arguments.exc_value, OSError):
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
 class ConsoleReporter:
     """For rank 0."""
 
     def __init__(self, arguments: Arguments, progress: Progress, steps_per_epoch: int) -> None:
-        # Late: these imports take a second, which the other ranks do not have to spend.
+        # Late: these imports take a second, which the other ranks do not have to spend. matplotlib is for the end of
+        # the run, and should not be found missing only there.
+        import matplotlib  # noqa: F401
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
@@ -83,8 +104,12 @@ class ConsoleReporter:
             epoch=min(progress.epoch + 1, arguments.epochs),
             loss="-",
         )
-        # Hides what a killed run, or an earlier one in this folder, has logged for the steps to come.
-        self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=progress.total_steps + 1)
+        with ExitStack() as stack:
+            stack.enter_context(_leave_errors_to_callers())
+            # Hides what a killed run, or an earlier one in this folder, has logged for the steps to come.
+            self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=progress.total_steps + 1)
+            stack.callback(self._close_writer)
+            self._cleanup = stack.pop_all()
 
     def __enter__(self) -> ConsoleReporter:
         self._bars.start()
@@ -94,7 +119,11 @@ class ConsoleReporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
-        self._writer.close()
+        self._cleanup.close()
+
+    def _close_writer(self) -> None:
+        with suppress(OSError):  # the last checkpoint has flushed all there was, or told why it could not
+            self._writer.close()
 
     def on_step(self, progress: Progress, sums: Sums) -> None:
         self._log(progress, {"step/train_loss": sums.mean_loss})
@@ -110,8 +139,9 @@ class ConsoleReporter:
         self._writer.flush()
 
     def _log(self, progress: Progress, scalars: dict[str, float]) -> None:
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, progress.total_steps)
+        with suppress(OSError):  # TensorBoard keeps it, and the next checkpoint's flush raises it
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, progress.total_steps)
 
     def on_finish(self, progress: Progress, ranks: int, device: str) -> None:
         metrics = collect_metrics(self._arguments, progress, ranks, device)

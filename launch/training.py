@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from launch.arguments import Arguments
-from launch.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from launch.checkpoint import save_checkpoint
 from launch.learner import DivergedError, Learner
+from launch.output import open_output, write_output
 from launch.placement import Placement
 from launch.processes import choose_device, from_rank_zero, limit_threads, process_group
 from launch.progress import Progress
@@ -20,7 +21,7 @@ from launch.report import ConsoleReporter, Reporter, SilentReporter
 
 def run(arguments: Arguments, placement: Placement) -> Progress:
     """Train as asked and leave everything in the output folder. Collective."""
-    saved = _read_checkpoint(arguments, placement)
+    saved = open_output(arguments, placement) if placement.rank == 0 else None
     limit_threads(placement)
     device = choose_device(placement)
     with process_group(placement, device, arguments.timeout):
@@ -35,26 +36,14 @@ def _train(arguments: Arguments, placement: Placement, device: torch.device, sav
     if saved is not None:
         learner.load_state_dict(saved["learner"])
         progress = Progress.from_state_dict(saved["progress"])
-    reporter = _make_reporter(arguments, placement, learner, progress)
+    folder, steps_per_epoch = Path(arguments.output), len(learner.batches(0))
+    reporter: Reporter = SilentReporter()
+    if console := write_output(lambda: ConsoleReporter(arguments, progress, steps_per_epoch), folder, placement):
+        reporter = console
     with reporter:
         _Run(arguments, placement, learner, progress, reporter).fit()
-    reporter.on_finish(progress, placement.size, str(device))
+    write_output(lambda: reporter.on_finish(progress, placement.size, str(device)), folder, placement)
     return progress
-
-
-def _read_checkpoint(arguments: Arguments, placement: Placement) -> dict[str, Any] | None:
-    if arguments.resume == "no" or placement.rank != 0:
-        return None
-    try:
-        return load_checkpoint(Path(arguments.output), arguments)
-    except CheckpointError as error:
-        placement.stop(f"train.py: error: {error}", 2)
-
-
-def _make_reporter(arguments: Arguments, placement: Placement, learner: Learner, progress: Progress) -> Reporter:
-    if placement.rank != 0:
-        return SilentReporter()
-    return ConsoleReporter(arguments, progress, steps_per_epoch=len(learner.batches(0)))
 
 
 @dataclasses.dataclass
@@ -97,6 +86,8 @@ class _Run:
             "learner": self.learner.state_dict(),
             "progress": self.progress.state_dict(),
         }
+        write_output(lambda: self._write(state), Path(self.arguments.output), self.placement)
+
+    def _write(self, state: dict[str, Any]) -> None:
         self.reporter.on_checkpoint()
-        if self.placement.rank == 0:
-            save_checkpoint(Path(self.arguments.output), state, self.arguments.keep_checkpoints)
+        save_checkpoint(Path(self.arguments.output), state, self.arguments.keep_checkpoints)

@@ -13,8 +13,8 @@ from syncaccum.layer.batchnorm import SyncAccumBatchNorm
 from syncaccum.layer.convert import AccumulateBatchNorm, convert_sync_accum, revert_sync_accum
 from syncaccum.moments import Moments
 from syncaccum.window.commit import CommitReport, commit
-from syncaccum.window.join import join
 from syncaccum.window.counted import discard, not_counted
+from syncaccum.window.join import join
 from syncaccum.window.recalibrate import recalibrate
 from syncaccum.window.saved import gather_window_state_dict, load_window_state_dict, window_state_dict
 from syncaccum.window.step_hook import commit_on_step

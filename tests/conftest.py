@@ -31,7 +31,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             if "tests/distributed/" in nodeid:
                 return "tests/distributed/"
-            if any(folder in nodeid for folder in ("tests/docs/", "tests/launch/", "tests/mpi/")):
+            if any(f"tests/{folder}/" in nodeid for folder in ("benchmarks", "docs", "launch", "mpi")):
                 return nodeid.split("::")[0]
             return super()._split_scope(nodeid)
 

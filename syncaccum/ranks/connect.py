@@ -55,8 +55,9 @@ def _refuse_to_be_alone(environment: Mapping[str, str]) -> None:
             raise CommitError(
                 f"this is one of {ranks} ranks ({name}={ranks}), and which one is not known before "
                 "torch.distributed.init_process_group(): call that first and destroy the group last, else each rank "
-                "would take its own data for the global batch. Or give the layers a process_group; one of a single "
-                f"rank, as dist.new_group([rank]) or MPI.COMM_SELF, keeps it to itself. If there are no peers, unset {name}"
+                "would take its own data for the global batch. Or give the layers a process_group: one of a single "
+                "rank, as dist.new_group([rank]) or MPI.COMM_SELF, keeps it to itself. If there are no peers, "
+                f"unset {name}"
             )
 
 

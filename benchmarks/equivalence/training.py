@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from launch.equivalence_cases import WINDOW, Case
-from launch.equivalence_policies import apply_policy
-from launch.equivalence_tasks import load_task
+from benchmarks.equivalence.cases import WINDOW, Case
+from benchmarks.equivalence.policies import apply_policy
+from benchmarks.equivalence.tasks import load_task
 from launch.placement import Placement
 from launch.processes import sum_over_ranks
 from launch.schedule import global_batches, micro_batches, rank_share

@@ -13,8 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launch.equivalence_cases import Case
-from launch.equivalence_results import Result
+from benchmarks.equivalence.cases import Case
+from benchmarks.equivalence.results import Result
 
 
 @dataclass(frozen=True)

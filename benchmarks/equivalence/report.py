@@ -1,4 +1,4 @@
-"""What the experiment leaves behind: tables on the console, equivalence.json and equivalence.png."""
+"""What the experiment leaves behind: tables on the console, equivalence.json, equivalence.png and readme.png."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from launch.equivalence_plot import draw_plot
-from launch.equivalence_results import Result
-from launch.equivalence_spread import Spread, measure_spreads
-from launch.equivalence_tables import build_case_table, build_overview, build_spread_table
+from benchmarks.equivalence.picture import draw_picture
+from benchmarks.equivalence.plot import draw_plot
+from benchmarks.equivalence.results import Result
+from benchmarks.equivalence.spread import Spread, measure_spreads
+from benchmarks.equivalence.tables import build_case_table, build_overview, build_spread_table
 from launch.files import write_atomically
 
 _WIDTH = 160  # of the tables, also where stdout is a file
 
 
 def report(results: Sequence[Result], folders: Sequence[Path]) -> None:
-    """Print the tables; write equivalence.json and equivalence.png to each folder."""
+    """Print the tables; write equivalence.json and the pictures to each folder."""
     spreads = measure_spreads(results)
     console = Console(width=_WIDTH)
     for task in dict.fromkeys(result.case.task for result in results):
@@ -33,8 +34,19 @@ def report(results: Sequence[Result], folders: Sequence[Path]) -> None:
     content = _describe(results, spreads)
     for folder in folders:
         write_atomically(folder / "equivalence.json", lambda file: file.write(content.encode()))
-        draw_plot(folder / "equivalence.png", results)
-    console.print(f"equivalence.json and equivalence.png are in {', '.join(map(str, folders))}")
+        _draw(folder, results)
+    console.print(f"equivalence.json and its pictures are in {', '.join(map(str, folders))}")
+
+
+def redraw(folder: Path) -> None:
+    """Draw the pictures anew from the folder's equivalence.json."""
+    content = json.loads((folder / "equivalence.json").read_text())
+    _draw(folder, [Result.from_content(case) for case in content["cases"]])
+
+
+def _draw(folder: Path, results: Sequence[Result]) -> None:
+    draw_plot(folder / "equivalence.png", results)
+    draw_picture(folder / "readme.png", results)
 
 
 def _describe(results: Sequence[Result], spreads: Sequence[Spread]) -> str:

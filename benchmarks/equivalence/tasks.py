@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from launch.denoising import NOISE, build_denoiser, load_patches
+from benchmarks.equivalence.cases import WINDOW
+from benchmarks.equivalence.denoising import NOISE, build_denoiser, load_patches
+from benchmarks.resnet18 import build_resnet18
 from launch.digits import load_split
-from launch.equivalence_cases import WINDOW
 from launch.models import build_model
-from launch.resnet18 import build_resnet18
 from launch.schedule import global_batches
 
 _CPU = torch.device("cpu")

@@ -7,12 +7,13 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from launch.equivalence_cases import REFERENCE, Case
-from launch.equivalence_training import Trace
+from benchmarks.equivalence.cases import REFERENCE, Case
+from benchmarks.equivalence.training import Trace
 from launch.files import write_atomically
 
 
@@ -38,11 +39,15 @@ class Result:
 
     @classmethod
     def from_json(cls, text: str) -> Result:
-        content = json.loads(text)
-        del content["final_loss"]
-        content["case"] = Case(**content["case"])
-        content["distances"] = {int(step): value for step, value in content["distances"].items()}
-        return cls(**content)
+        return cls.from_content(json.loads(text))
+
+    @classmethod
+    def from_content(cls, content: dict[str, Any]) -> Result:
+        """Of a JSON object, as `to_json` wrote it."""
+        fields = {name: value for name, value in content.items() if name != "final_loss"}
+        fields["case"] = Case(**content["case"])
+        fields["distances"] = {int(step): value for step, value in content["distances"].items()}
+        return cls(**fields)
 
 
 class Store:

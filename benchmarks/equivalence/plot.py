@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
-from launch.equivalence_cases import POLICIES, REFERENCE, Case
-from launch.equivalence_results import Result
+from benchmarks.equivalence.cases import POLICIES, REFERENCE, Case
+from benchmarks.equivalence.results import Result
 from launch.files import write_atomically
 
 _ROWS = ("resnet", "mlp")
@@ -52,10 +52,10 @@ def draw_plot(path: Path, results: Sequence[Result]) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    write_atomically(path, lambda file: _save(figure, file))
+    write_atomically(path, lambda file: save_png(figure, file))
 
 
-def _save(figure: Figure, file: IO[bytes]) -> None:
+def save_png(figure: Figure, file: IO[bytes]) -> None:
     """With a palette: a third of the bytes, for a file that a repository keeps."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]

@@ -13,15 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from launch import equivalence_runner
-from launch.equivalence import main
-from launch.equivalence_cases import Case, Limits, add_references, plan_full, plan_quick
-from launch.equivalence_policies import apply_policy
-from launch.equivalence_ranks import train_on_ranks
-from launch.equivalence_results import Result, Store
-from launch.equivalence_spread import measure_spreads
-from launch.equivalence_tasks import load_task
-from launch.equivalence_training import Trace, train
+from benchmarks.equivalence import runner
+from benchmarks.equivalence.__main__ import main
+from benchmarks.equivalence.cases import Case, Limits, add_references, plan_full, plan_quick
+from benchmarks.equivalence.picture import average_scores
+from benchmarks.equivalence.policies import apply_policy
+from benchmarks.equivalence.ranks import train_on_ranks
+from benchmarks.equivalence.results import Result, Store
+from benchmarks.equivalence.spread import measure_spreads
+from benchmarks.equivalence.tasks import load_task
+from benchmarks.equivalence.training import Trace, train
 from launch.models import build_model
 from launch.placement import Placement
 from syncaccum import SyncAccumBatchNorm
@@ -29,12 +30,14 @@ from syncaccum import SyncAccumBatchNorm
 TINY = [
     "--quick",
     *("--tasks", "mlp"),
-    *("--policies", "running", "renorm", "exact"),
+    *("--policies", "batchnorm", "running", "renorm", "exact"),
     *("--micro-batches", "4", "8"),
     *("--ranks", "1"),
     *("--steps", "10"),
     *("--seeds", "3"),
 ]
+
+PICTURES = ("equivalence.png", "readme.png")
 
 
 def run_tiny(output: Path, publish: Path) -> str:
@@ -63,6 +66,12 @@ def measure(case: Case, folder: Path) -> Result:
     return store.keep(case, train_alone(case) if case.ranks == 1 else train_on_ranks(case))
 
 
+def score(policy: str, micro_batch: int, seed: int, value: float | None) -> Result:
+    return Result(
+        Case("mlp", policy, micro_batch, 0.1, seed, 1), "trained" if value else "diverged", [1.0], value, 1, {}
+    )
+
+
 def make_result(policy: str, losses: list[float], permutation: int = 0) -> Result:
     micro_batch = 64 if policy == "reference" else 4
     case = Case("mlp", policy, micro_batch, 0.1, 0, len(losses), permutation=permutation)
@@ -73,7 +82,7 @@ def test_an_experiment_leaves_tables_json_and_plot(tiny: tuple[Path, Path, str])
     output, published, printed = tiny
     content = json.loads((output / "equivalence.json").read_text())
     results = {(c["case"]["policy"], c["case"]["micro_batch"], c["case"]["dtype"]): c for c in content["cases"]}
-    assert {"running", "renorm", "exact", "reference"} == {policy for policy, _, _ in results}
+    assert {"batchnorm", "running", "renorm", "exact", "reference"} == {policy for policy, _, _ in results}
     renorm = results["renorm", 4, "float32"]
     assert (renorm["outcome"], len(renorm["losses"]), list(renorm["distances"])) == (
         "trained",
@@ -84,11 +93,35 @@ def test_an_experiment_leaves_tables_json_and_plot(tiny: tuple[Path, Path, str])
     assert f"{renorm['final_loss']:.4g}" in printed
     assert f"{renorm['score']:.1%}" in printed
     assert [spread["inside"] for spread in content["spreads"]] == [True]
-    for name in ("equivalence.json", "equivalence.png"):
+    for name in ("equivalence.json", "equivalence.png", "readme.png"):
         assert (published / name).read_bytes() == (output / name).read_bytes()
-    picture = (output / "equivalence.png").read_bytes()
-    assert picture.startswith(b"\x89PNG")
-    assert len(picture) < 200_000
+    for name in PICTURES:
+        picture = (output / name).read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) < 200_000
+
+
+def test_pictures_are_drawn_anew_from_the_json_alone(tiny: tuple[Path, Path, str], tmp_path: Path) -> None:
+    (tmp_path / "equivalence.json").write_bytes((tiny[0] / "equivalence.json").read_bytes())
+    main(["--redraw", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"equivalence.json", *PICTURES}
+    # The JSON has losses rounded and scores in full; the README's picture shows scores alone.
+    assert (tmp_path / "readme.png").read_bytes() == (tiny[0] / "readme.png").read_bytes()
+
+
+def test_the_readme_pictures_points_are_means_beside_the_large_batch_of_the_same_seeds() -> None:
+    results = [
+        score("reference", 64, 0, 0.9),
+        score("reference", 64, 1, 0.8),
+        score("renorm", 4, 0, 0.7),
+        score("renorm", 4, 1, 0.5),
+        score("renorm", 2, 0, 0.4),
+        score("batchnorm", 4, 0, 0.3),
+        score("batchnorm", 4, 1, None),
+    ]
+    assert average_scores(results, "reference") == pytest.approx({2: 0.9, 4: 0.85})
+    assert average_scores(results, "renorm") == pytest.approx({2: 0.4, 4: 0.6})
+    assert average_scores(results, "batchnorm") == {}
 
 
 def test_a_second_start_trains_only_what_is_missing(
@@ -101,7 +134,7 @@ def test_a_second_start_trains_only_what_is_missing(
         trained.append(case)
         return train(case, *rest)
 
-    monkeypatch.setattr(equivalence_runner, "train", watch)
+    monkeypatch.setattr(runner, "train", watch)
     run_tiny(output, tmp_path)
     assert trained == []
     missing = Case("mlp", "renorm", 4, 0.1, 3, 10)
@@ -236,6 +269,16 @@ def test_results_survive_their_file() -> None:
     assert Result.from_json(result.to_json()) == result
 
 
+@pytest.mark.parametrize("output", ["/proc/equivalence", "x" * 300], ids=lambda name: str(name[:9]))
+def test_a_folder_that_cannot_be_written_is_named_in_one_line(output: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*TINY, "--output", output])
+    assert stopped.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert output in line
+    assert "give another folder" in line
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -247,6 +290,8 @@ def test_results_survive_their_file() -> None:
         (["--quick", "--full"], "not allowed with"),
         (["--output", __file__], "is below, a file; give a folder"),
         (["--publish", f"{__file__}/results"], "is below, a file; give a folder"),
+        (["--redraw", "/nowhere"], "--redraw /nowhere: there is no equivalence.json; give a folder that has one"),
+        (["--redraw", "/nowhere", "--quick"], "not allowed with"),
         (["--seeds"], "expected at least one argument"),
     ],
 )

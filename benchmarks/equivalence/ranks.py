@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from launch.equivalence_cases import Case
-from launch.equivalence_training import Trace, train
+from benchmarks.equivalence.cases import Case
+from benchmarks.equivalence.training import Trace, train
 from launch.placement import Placement
 
 
@@ -30,7 +30,7 @@ def _run_rank(rank: int, case: Case, folder: str) -> None:
     try:
         trace = train(case, Placement(rank, case.ranks, rank, case.ranks, True), lambda step: None)
     finally:
-        gc.collect()  # as in processes.process_group
+        gc.collect()  # as in launch/processes.py
         dist.destroy_process_group()
     if rank == 0:
         torch.save(trace, _trace_path(folder))

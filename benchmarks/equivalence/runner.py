@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from launch.equivalence_cases import Case
-from launch.equivalence_ranks import train_on_ranks
-from launch.equivalence_results import Result, Store
-from launch.equivalence_training import Trace, train
+from benchmarks.equivalence.cases import Case
+from benchmarks.equivalence.ranks import train_on_ranks
+from benchmarks.equivalence.results import Result, Store
+from benchmarks.equivalence.training import Trace, train
 from launch.placement import Placement
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from launch.equivalence_cases import POLICIES, REFERENCE, Case
-from launch.equivalence_results import Result
-from launch.equivalence_spread import Spread
+from benchmarks.equivalence.cases import POLICIES, REFERENCE, Case
+from benchmarks.equivalence.results import Result
+from benchmarks.equivalence.spread import Spread
 
 _REPORTED_STEPS = (1, 10, 100)
 

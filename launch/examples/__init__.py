@@ -1,0 +1,1 @@
+"""Examples to copy: one file each, and nothing imported from beside it."""
