@@ -47,9 +47,9 @@ def is_in_vmap(tensor: Tensor) -> bool:
     return False
 
 
-def outside_transforms() -> AbstractContextManager[None]:
+def outside_transforms() -> AbstractContextManager[Any]:
     """No transform of torch.func is in force: it would refuse to change a tensor that it does not know."""
-    return pyfunctorch.temporarily_clear_interpreter_stack()  # type: ignore[no-any-return]
+    return pyfunctorch.temporarily_clear_interpreter_stack()
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:

@@ -10,7 +10,16 @@ from torch import Tensor
 from syncaccum.layer import surroundings
 from syncaccum.layer.passes import normalize
 from syncaccum.layer.policies import choose_policy
-from syncaccum.layer.state import Accumulating, accumulate, adopt, check_momentum, check_settings, is_counted, tracks
+from syncaccum.layer.state import (
+    Accumulating,
+    accumulate,
+    adopt,
+    check_momentum,
+    check_settings,
+    is_counted,
+    tracks,
+    warn_if_uncommitted,
+)
 from syncaccum.moments import Moments
 from syncaccum.ranks.groups import Group
 from syncaccum.window.commit import commit_layers
@@ -143,6 +152,8 @@ class SyncAccumBatchNorm(Accumulating):
         uses_batch = self.training or self.running_mean is None
         if counts or (uses_batch and in_lockstep()):
             return normalize_and_accumulate(self, input, self.weight, self.bias, self.eps, counts=counts)
+        if not self.training and not torch.compiler.is_compiling():
+            warn_if_uncommitted(self)
         return super().forward(input)
 
     def extra_repr(self) -> str:

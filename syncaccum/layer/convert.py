@@ -58,8 +58,9 @@ def convert_sync_accum(module: M, process_group: Group = None, normalization: st
     ]
     # All before the first: nothing is left half converted.
     _check_convertible(layers)
+    said: set[str] = set()
     for name, layer in layers:
-        _convert_layer(layer, SyncAccumBatchNorm, process_group, normalization, name)
+        _convert_layer(layer, SyncAccumBatchNorm, process_group, normalization, name, said)
     return module
 
 
@@ -120,7 +121,7 @@ class AccumulateBatchNorm(SyncAccumBatchNorm):
             raise ValueError(f"bn_class must be a BatchNorm class such as nn.BatchNorm2d, got {bn_class!r}")
         layer: Any = bn_class(num_features, **bn_kwargs)
         _check_convertible([(bn_class.__name__, layer)])
-        _convert_layer(layer, AccumulateBatchNorm, None, "running", "")
+        _convert_layer(layer, AccumulateBatchNorm, None, "running", "", set())
         self.__class__ = type(layer)
         self.__dict__ = layer.__dict__
 
@@ -144,7 +145,12 @@ def _is_uninitialized(layer: nn.Module) -> bool:
 
 
 def _convert_layer(
-    layer: Any, base: type[SyncAccumBatchNorm], process_group: Group, normalization: str, name: str
+    layer: Any,
+    base: type[SyncAccumBatchNorm],
+    process_group: Group,
+    normalization: str,
+    name: str,
+    said: set[str],
 ) -> None:
     outer = type(layer)
     source = outer.__bases__[0] if parametrize.is_parametrized(layer) else outer
@@ -153,7 +159,7 @@ def _convert_layer(
         del layer.process_group
     made = _make_class(base, source, _own_names(layer))
     layer.__class__ = made if source is outer else _rebase(outer, source, made)
-    adopt(layer, process_group, normalization, name=name)
+    adopt(layer, process_group, normalization, name=name, said=said)
 
 
 def _revert_layer(layer: Any, made: type[SyncAccumBatchNorm]) -> None:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from syncaccum.errors import LockstepError
 from syncaccum.layer import surroundings
 from syncaccum.layer.batchnorm import in_lockstep, normalize_and_accumulate
-from syncaccum.layer.state import Accumulating, tracks
+from syncaccum.layer.state import Accumulating, tracks, warn_if_uncommitted
 from syncaccum.torch_private import BatchNormBase, buffers_of
 
 
@@ -57,8 +57,11 @@ def forward_through(layer: Any, source: type, args: Any, kwargs: Any) -> Any:
     """``source.forward(layer, ...)``, whose own training calls of batch_norm are the layer's accumulating forward."""
     with _Route(layer) as route:
         output = source.forward(_seen_as(layer, source), *args, **kwargs)  # type: ignore[attr-defined]
-    if not route.met_own_statistics and not torch.compiler.is_compiling():
-        _tell_if_it_normalises_itself(layer, source)
+    if not torch.compiler.is_compiling():
+        if not layer.training:
+            warn_if_uncommitted(layer)
+        elif not route.met_own_statistics:
+            _tell_if_it_normalises_itself(layer, source)
     return output
 
 
@@ -71,7 +74,7 @@ class _Route(TorchFunctionMode):
         self._batches = _Counter(layer)
         self._taken = False
         self.met_own_statistics = False
-        """Whether any call had the layer's statistics: then the layer does not normalise by itself."""
+        """Whether any call had statistics of the layer's: then it does not normalise by itself."""
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
@@ -95,7 +98,7 @@ class _Route(TorchFunctionMode):
         buffers = buffers_of(self._layer)
         of_layer = call.running_mean is buffers["running_mean"] and call.running_var is buffers["running_var"]
         of_batch = call.running_mean is None and call.running_var is None
-        self.met_own_statistics |= of_layer or of_batch
+        self.met_own_statistics |= of_batch or any(call.running_mean is own for own in buffers.values())
         if not call.training:
             return False
         if of_layer and not of_batch:
@@ -118,7 +121,7 @@ class _Counter:
 
 
 def _tell_if_it_normalises_itself(layer: Any, source: type) -> None:
-    if not (layer.training and tracks(layer)):
+    if not tracks(layer):
         return
     state = layer._accumulation
     where = f"layer {state.name or 'of its own'} ({source.__name__})"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class Accumulation:
     is_open: bool = False
     """Whether any forward counted since the last commit."""
     is_committed: bool = False
-    """Whether there was a commit since the statistics were reset."""
+    """Whether there was a commit since the statistics were reset, if only an empty one."""
     micro_batches: int = 0
     """In the open window, where Python counts: not in compiled forwards."""
     uncounted: int = 0
@@ -63,6 +63,8 @@ class Accumulation:
     """In the model that was converted; for messages."""
     normalises_itself: bool = False
     """Found in its first training forward: nothing of it comes to us."""
+    said: set[str] = field(default_factory=set)
+    """Warnings that were given. The layers of one conversion share it: one of them speaks for all."""
 
     def __post_init__(self) -> None:
         check_settings(self.normalization, self.r_max, self.d_max, self.prior_count)
@@ -129,6 +131,7 @@ def adopt(
     prior_count: float = 1.0,
     *,
     name: str = "",
+    said: set[str] | None = None,
 ) -> None:
     """Give a BatchNorm's instance what `Accumulating` adds to one. `release` takes it away again."""
     layer._accumulation = Accumulation(
@@ -141,6 +144,7 @@ def adopt(
         momentum=layer.momentum,
         always_counts=layer.momentum == 0,
         name=name,
+        said=set() if said is None else said,
     )
 
 
@@ -195,7 +199,7 @@ def accumulate(layer: Accumulating, sums: Tensor) -> None:
         _add(state, sums)
     state.micro_batches += 1
     if state.micro_batches == _FORGOTTEN_AFTER:
-        _warn_of_forgotten_commits()
+        _warn_of_forgotten_commits(layer)
 
 
 _replicas = threading.Lock()
@@ -230,14 +234,35 @@ def add_unless_in_backward(window: Tensor, sums: Tensor) -> None:
         window.add_(sums)
 
 
-def _warn_of_forgotten_commits() -> None:
-    # No layer in the text: Python then says it once for all.
-    warnings.warn(
-        f"{_FORGOTTEN_AFTER} micro-batches were accumulated and never committed, so running statistics stay as "
-        "they were: call syncaccum.commit(model) after each optimizer step, or "
+def warn_if_uncommitted(layer: Accumulating) -> None:
+    """Say in an eval forward that its statistics lack what training forwards have seen."""
+    state = layer._accumulation
+    if state.is_open and not state.is_committed:
+        _warn_once(
+            layer,
+            "uncommitted",
+            f"was fed {state.micro_batches} micro-batches in training mode, none of them committed, and is now used in "
+            "eval mode: its running statistics do not know them. Call syncaccum.commit(model) first; to refresh "
+            "statistics without training, as torch.optim.swa_utils.update_bn does, "
+            "syncaccum.recalibrate(model, batches)",
+        )
+
+
+def _warn_of_forgotten_commits(layer: Accumulating) -> None:
+    _warn_once(
+        layer,
+        "forgotten",
+        f"was fed {_FORGOTTEN_AFTER} micro-batches that were never committed, so its running statistics stay as they "
+        "were: call syncaccum.commit(model) after each optimizer step, or "
         "syncaccum.commit_on_step(model, optimizer) once",
-        stacklevel=2,
     )
+
+
+def _warn_once(layer: Accumulating, kind: str, what: str) -> None:
+    state = layer._accumulation
+    if kind not in state.said:
+        state.said.add(kind)
+        warnings.warn(f"layer {state.name or type(layer).__name__} {what} (the first such layer)", stacklevel=2)
 
 
 def commit_momentum(layer: Accumulating) -> float | None:

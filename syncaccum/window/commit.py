@@ -121,6 +121,8 @@ def _commit_group(group: Group, transport: Transport, members: Sequence[NamedLay
         _apply(layout, seen, reduced)
     elif seen:
         _apply_to_some(layout, counts, seen, reduced)
+    for _, layer in members:
+        layer._accumulation.is_committed = True
     return counts
 
 
@@ -206,7 +208,6 @@ def _apply(layout: Layout, layers: Sequence[Accumulating], reduced: Tensor) -> N
     zero_all([layer._accumulation.window for layer in layers])
     for layer in layers:
         layer._accumulation.close()
-        layer._accumulation.is_committed = True
 
 
 def _factors(layers: Sequence[Accumulating], layout: Layout, device: torch.device) -> Tensor | float:

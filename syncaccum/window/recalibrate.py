@@ -113,20 +113,16 @@ class _Before:
         state = layer._accumulation
         self._layer = layer
         self._momentum = layer.momentum
-        self._settings = {
-            name: getattr(state, name) for name in ("normalization", "always_counts", "is_committed", "uncounted")
-        }
+        self._settings = {name: getattr(state, name) for name in ("normalization", "always_counts", "uncounted")}
         self._buffers = {name: b.clone() for name, b in buffers_of(layer).items() if b is not None}
         state.uncounted = 0
 
     def restore(self) -> None:
         layer, state = self._layer, self._layer._accumulation
-        committed = state.is_committed
         layer.momentum = self._momentum
         for name, value in self._settings.items():
             setattr(state, name, value)
-        state.is_committed |= committed
-        if not committed:
+        if not _tensor_of(layer, "num_batches_tracked"):
             state.drop()
             for name, value in self._buffers.items():
                 _tensor_of(layer, name).copy_(value)

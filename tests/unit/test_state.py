@@ -1,0 +1,425 @@
+"""An open window follows the data, counts what it should, and belongs to its statistics."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
+from torch.nn.parallel.replicate import replicate
+from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils.checkpoint import checkpoint
+
+import syncaccum
+from syncaccum import SyncAccumBatchNorm, commit, convert_sync_accum, not_counted, recalibrate
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 3 + 2
+
+
+def make_model(**arguments: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    return convert_sync_accum(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), **arguments)
+
+
+# --- where the window is ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("move", [lambda m: m.to("cpu"), lambda m: m.float(), lambda m: m.cpu().double().float()])
+def test_a_move_under_inference_mode_leaves_a_layer_that_trains(move: Callable[[nn.Module], nn.Module]) -> None:
+    model = make_model()
+    model(draw(8, 3)).sum().backward()
+    before = model[1].window.pack()
+    with torch.inference_mode():
+        move(model).eval()
+    assert torch.equal(model[1].window.pack(), before)
+    model.train()(draw(8, 3)).sum()
+    assert commit(model).values == {"1": 16}
+
+
+def test_a_layer_made_under_inference_mode_accumulates() -> None:
+    with torch.inference_mode():
+        layer = SyncAccumBatchNorm(3, affine=False)
+    layer.running_mean, layer.running_var = layer.running_mean.clone(), layer.running_var.clone()
+    layer.num_batches_tracked = layer.num_batches_tracked.clone()
+    layer(draw(8, 3))
+    assert commit(layer).values == {"SyncAccumBatchNorm": 8}
+
+
+@pytest.mark.parametrize("by", ["assign", "set_attributes"])
+def test_a_layer_that_leaves_meta_buffer_by_buffer_loses_nothing(by: str) -> None:
+    with torch.device("meta"):
+        model = make_model()
+    state = make_model().state_dict()
+    if by == "assign":
+        model.load_state_dict(state, assign=True)
+    else:  # as accelerate's set_module_tensor_to_device
+        for name, tensor in state.items():
+            owner = model.get_submodule(name.rpartition(".")[0])
+            own = name.rpartition(".")[2]
+            if own in dict(owner.named_parameters()):
+                setattr(owner, own, nn.Parameter(tensor))
+            else:
+                setattr(owner, own, tensor)
+    plain = nn.BatchNorm1d(4)
+    inputs = []
+    model[1].register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
+    for seed in range(2):
+        model(draw(8, 3, seed=seed))
+    assert commit(model).values == {"1": 16}
+    plain(torch.cat(inputs))
+    torch.testing.assert_close(model[1].running_var, plain.running_var)
+
+
+def test_replicas_of_data_parallel_add_to_the_window_of_their_layer() -> None:
+    """DataParallel needs GPUs to run; its replicas are made and run here as it does: in threads, sharing a dict."""
+    layer = convert_sync_accum(nn.BatchNorm1d(3), normalization="batch")
+    replicas = [layer._replicate_for_data_parallel() for _ in range(4)]
+    for replica in replicas:
+        replica._buffers = {name: buffer.clone() for name, buffer in layer._buffers.items()}
+        replica._parameters = dict(layer._parameters)
+    parts = [draw(5 + i, 3, seed=i) for i in range(4)]
+    threads = [threading.Thread(target=r, args=(x,)) for r, x in zip(replicas, parts, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    plain = nn.BatchNorm1d(3)
+    plain(torch.cat(parts))
+    assert commit(layer).values == {"SyncAccumBatchNorm1d": 26}
+    torch.testing.assert_close(layer.running_mean, plain.running_mean)
+    assert callable(replicate)  # what makes them on GPUs
+
+
+# --- what counts -----------------------------------------------------------------------------------------------
+
+
+def test_forwards_inside_not_counted_train_and_are_not_counted() -> None:
+    model = make_model()
+    model(draw(8, 3))
+    before = model[1].window.pack()
+    with not_counted(model), not_counted(model[1]):
+        expected = copy.deepcopy(model)(draw(4, 3, seed=1))
+        y = model(draw(4, 3, seed=1))
+    y.sum().backward()
+    assert torch.equal(y, expected)
+    assert model[0].weight.grad is not None
+    assert torch.equal(model[1].window.pack(), before)
+    model(draw(8, 3))
+    assert commit(model).values == {"1": 16}
+
+
+def test_not_counted_may_overlap_in_threads_and_ends_with_an_exception() -> None:
+    model = make_model()
+    first, second = not_counted(model), not_counted(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    model(draw(8, 3))
+    assert model[1].window.count == 0
+    second.__exit__(None, None, None)
+    with pytest.raises(KeyError), not_counted(model):
+        raise KeyError
+    model(draw(8, 3))
+    assert model[1].window.count == 8
+
+
+def test_not_counted_needs_a_converted_model() -> None:
+    with pytest.raises(syncaccum.NoLayersError), not_counted(nn.BatchNorm1d(3)):
+        pass
+
+
+def test_a_compiled_forward_heeds_not_counted_and_momentum() -> None:
+    model = make_model()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(2):
+        compiled(draw(8, 3))
+        with not_counted(model):
+            compiled(draw(8, 3))
+        model[1].momentum = 0.0
+        compiled(draw(8, 3))
+        model[1].momentum = 0.1
+    assert commit(model).values == {"1": 16}
+
+
+@pytest.mark.parametrize("at_commit", [0.0, 0.1])
+def test_a_second_forward_under_momentum_0_counts_nothing(at_commit: float) -> None:
+    """SAM's recipe: davda54/sam disables the running statistics so for its second pass, and steps meanwhile."""
+    model, plain = make_model(), make_model()
+    revert = syncaccum.revert_sync_accum(plain)
+    x, adversarial = draw(8, 3), draw(8, 3, seed=1)
+    for m in (model, revert):
+        m(x)
+        m[1].momentum = 0.0
+        m(adversarial)
+        m[1].momentum = at_commit
+    commit(model)
+    torch.testing.assert_close(model[1].running_mean, revert[1].running_mean)
+    torch.testing.assert_close(model[1].running_var, revert[1].running_var)
+
+
+def test_a_commit_folds_with_the_momentum_of_its_forwards() -> None:
+    model, plain = make_model(), syncaccum.revert_sync_accum(make_model())
+    for momentum in (0.5, None):
+        for m in (model, plain):
+            m[1].momentum = momentum
+            m(draw(8, 3))
+        model[1].momentum = plain[1].momentum = 0.01
+        commit(model)
+        torch.testing.assert_close(model[1].running_mean, plain[1].running_mean)
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_a_block_counts_it_once(backend: str | None, reentrant: bool) -> None:
+    model = make_model()
+    block = model if backend is None else torch.compile(model, backend=backend)
+    x = draw(8, 3).requires_grad_()
+    for _ in range(2):
+        checkpoint(block, x, use_reentrant=reentrant).sum().backward()
+    assert model[1].window.count == 16
+
+
+@pytest.mark.parametrize("differentiate", [jacrev, jacfwd, grad])
+def test_transforms_of_torch_func_agree_with_batch_norm_and_count_once(differentiate: Any) -> None:
+    model = make_model(normalization="batch").double()
+    plain = syncaccum.revert_sync_accum(copy.deepcopy(model))
+    x = draw(5, 3).double()
+
+    def derive(m: nn.Module) -> Any:
+        parameters = dict(m.named_parameters())
+        out = (lambda y: y.square().sum()) if differentiate is grad else (lambda y: y)
+        return differentiate(lambda p: out(functional_call(m, p, (x,))))(parameters)
+
+    expected = (
+        {k: grad(lambda p, k=k: plain_loss(plain, p, x))(dict(plain.named_parameters()))[k] for k in ("0.weight",)}
+        if differentiate is grad
+        else None
+    )
+    ours = derive(model)
+    assert model[1].window.count == 5
+    if expected is not None:
+        torch.testing.assert_close(ours["0.weight"], expected["0.weight"])
+        return
+    for row, theirs in zip(ours["0.weight"].flatten(0, 1), rows_of(plain, x), strict=True):
+        torch.testing.assert_close(row, theirs)
+
+
+def plain_loss(model: nn.Module, parameters: Any, x: Tensor) -> Tensor:
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return functional_call(model, (parameters, buffers), (x,)).square().sum()
+
+
+def rows_of(model: nn.Module, x: Tensor) -> list[Tensor]:
+    y = model(x)
+    weight = model[0].weight
+    return [torch.autograd.grad(v, weight, retain_graph=True)[0] for v in y.flatten()]
+
+
+def test_forward_mode_agrees_with_finite_differences() -> None:
+    model = make_model().double()
+    x, direction = draw(6, 3).double(), draw(6, 3, seed=1).double()
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(x, direction))).tangent
+    _, again = jvp(model, (x,), (direction,))
+    # A central difference of step h is off by h^2 and by 1e-16 / h: some 1e-10 here.
+    h = 1e-5
+    difference = (model(x + h * direction) - model(x - h * direction)) / (2 * h)
+    torch.testing.assert_close(tangent, difference, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(again, tangent)
+    assert model[1].window.count == 4 * 6
+
+
+def test_vmap_over_micro_batches_is_an_error_that_says_so() -> None:
+    model = make_model()
+    with pytest.raises(RuntimeError, match=r"under torch\.vmap would be a micro-batch for each example"):
+        vmap(model)(draw(2, 8, 3))
+    assert model[1].window.count == 0
+
+
+# --- whose the window is ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_statistics_drops_the_window_that_belonged_to_others(assign: bool) -> None:
+    model = make_model()
+    model(draw(8, 3))
+    commit(model)
+    good = copy.deepcopy(model.state_dict())
+    model(draw(8, 3) + 1e6)
+    model.load_state_dict(copy.deepcopy(good), assign=assign)
+    model(draw(8, 3, seed=1))
+    assert commit(model).values == {"1": 8}
+    assert model[1].running_mean.abs().max() < 100
+
+
+def test_loading_something_else_keeps_the_window() -> None:
+    model = make_model()
+    model(draw(8, 3))
+    model[0].load_state_dict(model[0].state_dict())
+    model.load_state_dict({"0.weight": model[0].weight.detach()}, strict=False)
+    assert model[1].window.count == 8
+
+
+def test_a_saved_window_is_loaded_after_its_statistics() -> None:
+    model = make_model()
+    model(draw(8, 3))
+    state, windows = copy.deepcopy(model.state_dict()), syncaccum.window_state_dict(model)
+    other = make_model()
+    other.load_state_dict(state)
+    syncaccum.load_window_state_dict(other, windows)
+    commit(model)
+    commit(other)
+    assert torch.equal(other[1].running_mean, model[1].running_mean)
+
+
+@pytest.mark.parametrize("missing", ["running_mean", "both"])
+def test_without_running_statistics_it_is_a_plain_batch_norm(missing: str) -> None:
+    """TENT's recipe keeps track_running_stats on and takes the statistics away."""
+    model, plain = make_model(), syncaccum.revert_sync_accum(make_model())
+    for m in (model, plain):
+        m[1].running_mean = None
+        if missing == "both":
+            m[1].running_var = None
+    x = draw(8, 3)
+    if missing == "both":
+        for mode in (True, False):
+            torch.testing.assert_close(model.train(mode)(x), plain.train(mode)(x))
+    with pytest.raises(syncaccum.NoLayersError, match="tracks statistics"):
+        commit(model)
+
+
+# --- statistics that are needed before a commit ----------------------------------------------------------------
+
+
+def test_an_eval_forward_before_the_first_commit_warns_once() -> None:
+    model = convert_sync_accum(nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)))
+    model.eval()(draw(8, 3))
+    model.train()(draw(8, 3))
+    with pytest.warns(UserWarning, match=r"layer 0 was fed 1 micro-batches.*recalibrate\(model, batches\)") as record:
+        model.eval()(draw(8, 3))
+    model(draw(8, 3))
+    assert len(record) == 1
+
+
+def test_an_eval_forward_in_the_middle_of_a_later_window_does_not_warn() -> None:
+    model = make_model()
+    for _ in range(2):
+        model.train()(draw(8, 3))
+        commit(model)
+    model(draw(8, 3))
+    model.eval()(draw(8, 3))
+
+
+def test_update_bn_warns_and_is_right_after_a_commit() -> None:
+    loader = [draw(8, 3, seed=seed) for seed in range(3)]
+    model, plain = make_model(normalization="batch"), syncaccum.revert_sync_accum(make_model())
+    model(draw(8, 3))
+    commit(model)
+    for m in (model, plain):
+        update_bn(loader, m)
+    with pytest.warns(UserWarning, match="update_bn does"):
+        model.eval()(loader[0])
+    commit(model)
+    torch.testing.assert_close(model[1].running_mean, plain[1].running_mean)
+
+
+@pytest.mark.parametrize("policy", ["renorm", "batch", "running"])
+@pytest.mark.parametrize("sizes", [[24], [8, 8, 8], [2, 5, 17]])
+def test_recalibrate_is_exact_over_any_split(policy: str, sizes: list[int]) -> None:
+    data = draw(24, 3)
+    model = convert_sync_accum(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=0.3)), normalization=policy)
+    for _ in range(3):
+        model(data + 5)
+        commit(model)
+    model(data)
+    model.eval()
+    plain = nn.BatchNorm1d(4, momentum=None)
+    plain(model[0](data))
+    report = recalibrate(model, data.split(sizes))
+    assert report.values == {"1": 24}
+    torch.testing.assert_close(model[1].running_mean, plain.running_mean)
+    torch.testing.assert_close(model[1].running_var, plain.running_var)
+    assert (model[1].momentum, model[1].normalization, model[1].num_batches_tracked) == (0.3, policy, 1)
+    assert model[1].window.count == 0
+    assert not any(m.training for m in model.modules())
+    assert model[0].weight.grad is None
+
+
+def test_recalibrate_takes_what_loaders_give() -> None:
+    data = draw(12, 3)
+    expected = None
+    for batches, forward in (
+        ([data], None),
+        ([(data, "label")], None),
+        ([{"input": data}], None),
+        ([("label", data)], lambda batch: model(batch[1])),
+    ):
+        model = make_model()
+        recalibrate(model, batches, forward)
+        expected = model[1].running_var.clone() if expected is None else expected
+        torch.testing.assert_close(model[1].running_var, expected)
+
+
+def test_recalibrate_of_an_averaged_model() -> None:
+    model = make_model()
+    averaged = AveragedModel(model)
+    averaged.update_parameters(model)
+    assert recalibrate(averaged, [draw(8, 3)]).layers == ("module.1",)
+    assert model[1].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("fault", ["loader", "nan", "one value", "no batches"])
+def test_a_recalibration_that_fails_leaves_everything_as_it_was(fault: str) -> None:
+    model = make_model()
+    model(draw(8, 3))
+    commit(model)
+    model[0].eval()
+    before = copy.deepcopy(model.state_dict())
+
+    def batches() -> Any:
+        if fault == "no batches":
+            return
+        yield draw(8, 3)
+        if fault == "loader":
+            raise OSError("disk gone")
+        yield torch.full((8, 3), float("nan")) if fault == "nan" else draw(1, 3)
+
+    if fault == "no batches":
+        assert recalibrate(model, batches()).layers == ()
+    else:
+        errors = {"loader": OSError, "nan": syncaccum.NonFiniteStatisticsError, "one value": ValueError}
+        with pytest.raises(errors[fault]):
+            recalibrate(model, batches())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert (model[1].momentum, model[1].normalization) == (0.1, "renorm")
+    assert model.training
+    assert not model[0].training
+    model(draw(8, 3))
+    assert commit(model).values == {"1": 8}
+
+
+# --- tools that know layers by their module --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("made", ["converted", "direct", "subclass"])
+def test_fx_traces_a_layer_as_a_leaf_and_the_traced_model_accumulates(made: str) -> None:
+    class Activated(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(super().forward(x))
+
+    layer = {"converted": nn.BatchNorm2d, "direct": SyncAccumBatchNorm, "subclass": Activated}[made](4)
+    model = convert_sync_accum(nn.Sequential(nn.Conv2d(3, 4, 3), layer))
+    traced = torch.fx.symbolic_trace(model).train()
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "call_module", "output"]
+    x = draw(2, 3, 5, 5)
+    torch.testing.assert_close(traced(x), model(x))
+    assert commit(traced).values == {"1": 18 * (2 if traced.get_submodule("1") is model[1] else 1)}
