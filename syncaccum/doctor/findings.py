@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Literal, get_args
 
 Severity = Literal["problem", "warning", "note"]
@@ -11,10 +12,7 @@ Severity = Literal["problem", "warning", "note"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know about a job. A problem makes the doctor exit non-zero; a warning or a note does not.
-
-    ``ranks`` are those that have it; none where it is the job's as a whole.
-    """
+    """One thing to know about a job. Only a problem makes the doctor exit non-zero. No ranks: it is the whole job's."""
 
     severity: Severity
     what: str
@@ -25,9 +23,9 @@ class Finding:
 class ProblemError(Exception):
     """A problem after which this rank cannot go on."""
 
-    def __init__(self, what: str, remedy: str, ranks: tuple[int, ...] = ()) -> None:
+    def __init__(self, what: str, remedy: str) -> None:
         super().__init__(what)
-        self.finding = Finding("problem", what, remedy, ranks)
+        self.finding = Finding("problem", what, remedy)
 
 
 def sort_findings(findings: Iterable[Finding]) -> list[Finding]:
@@ -41,12 +39,7 @@ def sort_findings(findings: Iterable[Finding]) -> list[Finding]:
 
 def name_ranks(ranks: Iterable[int]) -> str:
     """``rank 3`` or ``ranks 0, 2-5``: short also for thousands."""
-    runs: list[tuple[int, int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1] = runs[-1][0], rank
-        else:
-            runs.append((rank, rank))
-    several = len(runs) != 1 or runs[0][0] != runs[0][1]
-    parts = (str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return f"rank{'s' if several else ''} {', '.join(parts)}"
+    runs = groupby(enumerate(sorted(ranks)), lambda pair: pair[1] - pair[0])
+    ends = [(run[0][1], run[-1][1]) for run in (list(run) for _, run in runs)]
+    named = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)
+    return f"rank {named}" if named.isdecimal() else f"ranks {named}"

@@ -6,11 +6,11 @@ import os
 import platform
 import signal
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import syncaccum
@@ -23,11 +23,6 @@ def replace_versions() -> None:
     platform.python_version = lambda: "3.9.1"
     torch.__version__ = "2.6.0"
     syncaccum.__version__ = "0.0.1"
-
-
-def put_clock_forward() -> None:
-    time_ns = time.time_ns
-    time.time_ns = lambda: time_ns() + 5_000_000_000
 
 
 def spoil_sums() -> None:
@@ -59,9 +54,20 @@ def stop_in_commit(with_signal: signal.Signals) -> None:
     measurement.measure_commit_error = stop
 
 
+def leave_another_note() -> None:
+    """Another program, which has found the doctor's store."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    ours = dist.PrefixStore("syncaccum.doctor/0", store)
+    ours.set("facts/1/1", "__import__('os').abort()")
+    ours.add("facts/told", 1)
+    ours.wait(["facts/decision"])
+    ours.add("facts/read", 1)
+    os._exit(0)
+
+
 ALTERATIONS: dict[str, Callable[[], None]] = {
     "versions": replace_versions,
-    "clock": put_clock_forward,
+    "note": leave_another_note,
     "sums": spoil_sums,
     "killed": lambda: stop_in_commit(signal.SIGKILL),
     "stopped": lambda: stop_in_commit(signal.SIGSTOP),

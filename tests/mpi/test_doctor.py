@@ -1,4 +1,4 @@
-"""The doctor under mpirun: facts, commit and all-reduces, over gloo and over MPI."""
+"""The doctor under mpirun: facts, and a commit, over gloo and over MPI."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ def test_a_healthy_job(implementation: str) -> None:
     assert {"openmpi": "Open MPI v", "mpich": "MPICH Version: "}[implementation] in finished.stdout
     for transport in ("gloo", "mpi"):
         assert f"commit over {transport}: as nn.BatchNorm on the global batch" in finished.stdout
-        assert sum(line.startswith(f"{transport} ") for line in finished.stdout.splitlines()) == 3
 
 
 @pytest.mark.parametrize("implementation", jobs.IMPLEMENTATIONS)
