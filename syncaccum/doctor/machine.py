@@ -5,27 +5,26 @@ from __future__ import annotations
 import os
 import platform
 import socket
-from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed import ProcessGroupGloo
 
 import syncaccum
-from syncaccum.doctor.findings import ProblemError
-from syncaccum.doctor.rank import Rank
+from syncaccum.doctor.rank import ProblemError, Rank
 
 _VARIABLE = "GLOO_SOCKET_IFNAME"
 
 
 def gather_facts(us: Rank) -> None:
     """Not collective, and takes as long as the machine's resolver does."""
-    us.host, us.network = socket.gethostname(), _identify_network()
+    us.host = us.network = socket.gethostname()
+    with suppress(OSError):  # not Linux, or a sandbox
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        us.network = f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
     us.python, us.torch, us.syncaccum = platform.python_version(), str(torch.__version__), syncaccum.__version__
     us.gpus, us.cuda = torch.cuda.device_count(), torch.version.cuda or ""
-    if us.gpus > us.local_rank:
-        us.gpu = torch.cuda.get_device_name(us.local_rank)
     if us.gpus:
         us.nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     if us.launcher == "mpi":
@@ -36,25 +35,15 @@ def gather_facts(us: Rank) -> None:
     find_address(us)
 
 
-def _identify_network() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
-    except OSError:  # not Linux, or a sandbox
-        return socket.gethostname()
-
-
-def find_address(
-    us: Rank, environment: Mapping[str, str] = os.environ, resolve: Callable[..., list[Any]] = socket.getaddrinfo
-) -> None:
+def find_address(us: Rank) -> None:
     """What gloo will bind to: the first interface that GLOO_SOCKET_IFNAME names, else what the hostname resolves to."""
     interfaces = _list_interfaces()
-    if names := environment.get(_VARIABLE, ""):
+    if names := os.environ.get(_VARIABLE, ""):
         us.interface, us.address_reason = names.split(",")[0], f"{_VARIABLE}={names}"
         us.address = next(iter(interfaces.get(us.interface, [])), "")
         _check_interfaces(us, names.split(","), interfaces)
     else:
-        _resolve_hostname(us, resolve, interfaces)
+        _resolve_hostname(us, interfaces)
     us.is_loopback = us.address.startswith("127.") or us.address == "::1"
 
 
@@ -70,7 +59,7 @@ def _list_interfaces() -> dict[str, list[str]]:
     }
 
 
-def _check_interfaces(us: Rank, names: list[str], interfaces: Mapping[str, list[str]]) -> None:
+def _check_interfaces(us: Rank, names: list[str], interfaces: dict[str, list[str]]) -> None:
     usable = ", ".join(f"{name} ({addresses[0]})" for name, addresses in interfaces.items() if addresses)
     remedy = f"unset {_VARIABLE} on this node, or set it to an interface that the other nodes reach, of {usable}"
     for name in names:
@@ -82,10 +71,11 @@ def _check_interfaces(us: Rank, names: list[str], interfaces: Mapping[str, list[
             us.add(f"{_VARIABLE} names {name!r}: {why}", remedy)
 
 
-def _resolve_hostname(us: Rank, resolve: Callable[..., list[Any]], interfaces: Mapping[str, list[str]]) -> None:
+def _resolve_hostname(us: Rank, interfaces: dict[str, list[str]]) -> None:
     hostname = f"hostname {socket.gethostname()!r}"
     try:
-        found = [address[0] for *_, address in resolve(socket.gethostname(), None, type=socket.SOCK_STREAM)]
+        answers = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
+        found = [str(address[0]) for *_, address in answers]
         why = f"the {hostname} resolves to {', '.join(found)}, which is no address of this machine"
     except (OSError, UnicodeError) as error:
         found, why = [], f"the {hostname} does not resolve ({error})"

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncaccum import LayoutMismatchError, SyncAccumBatchNorm, commit, convert_sync_accum, discard, window_state_dict
+from syncaccum.doctor.launcher import GRACE, within
 from syncaccum.doctor.rank import Rank
-from syncaccum.doctor.store import GRACE, within
 from syncaccum.integrations import mpi
 
 TOLERANCE = 1e-10
@@ -22,28 +22,23 @@ TOLERANCE = 1e-10
 
 def measure(us: Rank, backend: str, store: dist.Store, timeout: float, factory: str | None) -> None:
     """Enters what it finds into ``us``. Collective; each thing that the ranks do takes ``timeout`` seconds at most."""
+    what = "the ranks met at the store, but could not connect to each other"
+    remedy = "set GLOO_SOCKET_IFNAME to the interface that reaches the others, and open all ports between the nodes"
+    remedy = f"{remedy}; this one listens: {us.host} on {us.address} ({us.interface})"
     try:
         if us.launcher != "alone":
             _form_group(us, backend, dist.PrefixStore("group", store), timeout)
-    except (TimeoutError, RuntimeError) as error:
-        why = str(error).partition("\n")[0]
-        remedy = (
-            "set GLOO_SOCKET_IFNAME on every node to the interface that reaches the others, and let firewalls pass all "
-            f"ports between nodes, not only MASTER_PORT; this one listens: {us.host} on {us.address} ({us.interface})"
-        )
-        us.add(f"the ranks met at the store, but could not connect to each other: {why}", remedy)
-        return
-    device = torch.device("cuda", us.local_rank) if backend == "nccl" else torch.device("cpu")
-    try:
+        what = "the group broke while it was measured"
+        remedy = "see what the other ranks print: one of them died, hangs, or is cut off"
+        device = torch.device("cuda" if backend != "gloo" and us.gpus >= us.local_size else "cpu")
         _check_commit(us, backend, None, device, timeout)
         if us.launcher == "mpi":
             _check_commit(us, "mpi", mpi.world(), device, timeout)
         if factory is not None:
             _compare_layers(us, factory, timeout)
-    except RuntimeError as error:
+    except (TimeoutError, RuntimeError) as error:
         why = str(error.__cause__ or error).partition("\n")[0]
-        remedy = "see what the other ranks print: one of them died, hangs, or is cut off"
-        us.add(f"the group broke while it was measured: {why}", remedy)
+        us.add(f"{what}: {why}", remedy)
 
 
 def _form_group(us: Rank, backend: str, store: dist.Store, timeout: float) -> None:
@@ -59,20 +54,13 @@ def _form_group(us: Rank, backend: str, store: dist.Store, timeout: float) -> No
 
 def _check_commit(us: Rank, transport: str, group: Any, device: torch.device, timeout: float) -> None:
     error = us.commit_errors[transport] = measure_commit_error(group, us.rank, us.size, device, timeout)
+    what = f"a commit over {transport} is wrong: running statistics are off by {error:.1e} of their value"
     if error > TOLERANCE:
-        what = f"a commit over {transport} is wrong: running statistics are off by {error:.1e} of their value"
-        remedy = (
-            "the all-reduce returns wrong sums, or syncaccum does: try gloo on the CPU (CUDA_VISIBLE_DEVICES=), NCCL "
-            "without peer-to-peer (NCCL_P2P_DISABLE=1), and report what this prints with --json"
-        )
-        us.add(what, remedy)
+        us.add(what, "try gloo (CUDA_VISIBLE_DEVICES=) and NCCL_P2P_DISABLE=1; report what this prints with --json")
 
 
 def measure_commit_error(group: Any, rank: int, size: int, device: torch.device, timeout: float) -> float:
-    """The largest relative error of running statistics after two commits; nn.BatchNorm's are right. Collective.
-
-    Windows differ between ranks, in content, size and number of micro-batches, and every third rank has none.
-    """
+    """The largest relative error of running statistics after two commits of unequal windows. Collective."""
     layer = SyncAccumBatchNorm(8, process_group=group, device=device, dtype=torch.float64, affine=False)
     reference = nn.BatchNorm1d(8, dtype=torch.float64, affine=False)
     for step in range(2):
@@ -88,7 +76,7 @@ def measure_commit_error(group: Any, rank: int, size: int, device: torch.device,
 
 
 def _draw_window(rank: int, step: int) -> Tensor:
-    """What a rank sees, which every other rank can draw as well."""
+    """What a rank sees, in content and size its own; every third sees nothing. All ranks can draw it."""
     generator = torch.Generator().manual_seed(1_000_000 * step + rank)
     return 3 * torch.randn((5, 8, 0)[rank % 3], 8, generator=generator, dtype=torch.float64) + 1 + rank % 5
 

@@ -1,23 +1,34 @@
-"""One rank: what it knows and measured, which it tells rank 0 as JSON."""
+"""What ranks tell rank 0, as JSON: who they are, what they measured, what they found and its remedy."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-from dataclasses import dataclass, field
-from typing import Any, get_args, get_origin, get_type_hints
+from collections.abc import Iterable
+from dataclasses import dataclass, field, is_dataclass, replace
+from itertools import groupby
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from syncaccum.doctor.findings import Finding, Severity
+Severity = Literal["problem", "warning", "note"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know about a job. Only a problem makes the doctor exit non-zero. No ranks: it is the whole job's."""
+
+    severity: Severity
+    what: str
+    remedy: str
+    ranks: tuple[int, ...] = ()
+
+
+class ProblemError(Exception):
+    """A problem after which this rank cannot go on: ``args`` are what it is, and the remedy."""
 
 
 @dataclass
 class Rank:
-    """Two ranks have one ``network`` exactly if they share a loopback interface. gloo will listen on ``address``.
-
-    Versions are empty where the part is not there or not in use; commit errors are by transport. Where there is no
-    report of all ranks, one rank of each node ``speaks``.
-    """
+    """Ranks that share loopback have one ``network``; gloo will listen on ``address``; one of a node ``speaks``."""
 
     rank: int = 0
     size: int = 1
@@ -32,7 +43,6 @@ class Rank:
     address_reason: str = ""
     is_loopback: bool = False
     gpus: int = 0
-    gpu: str = ""
     python: str = ""
     torch: str = ""
     syncaccum: str = ""
@@ -48,11 +58,8 @@ class Rank:
 
 
 def read_rank(number: int, note: bytes) -> Rank:
-    """Raises ValueError where the note is not that rank's: other programs may write to the same store."""
-    try:
-        rank: Rank = _read(Rank, json.loads(note))
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    """ValueError, or RecursionError, where the note is not that rank's: others may write to the same store."""
+    rank: Rank = _read(Rank, json.loads(note))
     if rank.rank != number:
         raise ValueError(f"it is of rank {rank.rank}")
     return rank
@@ -61,7 +68,7 @@ def read_rank(number: int, note: bytes) -> Rank:
 def _read(hint: Any, value: Any) -> Any:
     """The value, if all its parts are as the type says."""
     parts, kind = get_args(hint), get_origin(hint)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         hints = get_type_hints(hint)
         if isinstance(value, dict) and value.keys() == hints.keys():
             return hint(**{name: _read(hints[name], part) for name, part in value.items()})
@@ -72,3 +79,19 @@ def _read(hint: Any, value: Any) -> Any:
     elif value in parts or (type(value) is hint and (hint is not float or math.isfinite(value))):
         return value
     raise ValueError(f"{value!r:.60} is no {getattr(hint, '__name__', hint)}")
+
+
+def name_ranks(ranks: Iterable[int]) -> str:
+    """``rank 3`` or ``ranks 0, 2-5``: short also for thousands."""
+    runs = [[rank for _, rank in run] for _, run in groupby(enumerate(sorted(ranks)), lambda pair: pair[1] - pair[0])]
+    named = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"rank {named}" if named.isdecimal() else f"ranks {named}"
+
+
+def sort_findings(findings: Iterable[Finding]) -> list[Finding]:
+    """Worst first; findings that differ only in their ranks become one."""
+    ranks: dict[Finding, set[int]] = {}
+    for finding in findings:
+        ranks.setdefault(replace(finding, ranks=()), set()).update(finding.ranks)
+    merged = [replace(finding, ranks=tuple(sorted(of))) for finding, of in ranks.items()]
+    return sorted(merged, key=lambda finding: get_args(Severity).index(finding.severity))
