@@ -61,7 +61,7 @@ def _list_interfaces() -> dict[str, list[str]]:
 
 def _check_interfaces(us: Rank, names: list[str], interfaces: dict[str, list[str]]) -> None:
     usable = ", ".join(f"{name} ({addresses[0]})" for name, addresses in interfaces.items() if addresses)
-    remedy = f"unset {_VARIABLE} on this node, or set it to an interface that the other nodes reach, of {usable}"
+    remedy = f"set {_VARIABLE} on this node to an interface that the others reach, of {usable}; or unset it"
     for name in names:
         try:
             ProcessGroupGloo.create_device(interface=name)  # gloo's own check, which would otherwise abort the job

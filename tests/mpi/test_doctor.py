@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from tests.mpi import jobs
@@ -23,3 +25,15 @@ def test_a_mistake_ends_the_job_with_its_remedy(implementation: str) -> None:
     assert finished.returncode != 0
     assert "PROBLEM (ranks 0-1): GLOO_SOCKET_IFNAME names 'nonesuch0'" in finished.stdout
     assert "remedy: set GLOO_SOCKET_IFNAME" in finished.stdout
+
+
+@pytest.mark.parametrize("implementation", jobs.IMPLEMENTATIONS)
+def test_a_store_that_cannot_be_opened_is_named_by_rank_0(implementation: str) -> None:
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        finished = jobs.run(implementation, 2, "-m", "syncaccum.doctor", MASTER_PORT=port)
+    assert finished.returncode != 0
+    assert "PROBLEM: torch.distributed could not be started from MPI: rank 0 on " in finished.stdout
+    assert "Unset MASTER_PORT" in finished.stdout
+    assert "remedy: see whether rank 0's node can be reached there" in finished.stdout
+    assert "Traceback" not in finished.stdout

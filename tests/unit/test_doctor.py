@@ -194,6 +194,13 @@ def test_variables_that_contradict_each_other_are_refused(changes: dict[str, str
         locate({**usual, **changes})
 
 
+def test_an_unusable_mpi_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(ProblemError, match="an MPI launcher started this process, but mpi4py is unusable") as raised:
+        locate({"PMI_SIZE": "2"})
+    assert "pip install syncaccum[mpi]" in raised.value.args[1]
+
+
 def test_a_commit_of_one_process_has_its_known_answer() -> None:
     assert measure_commit_error(None, 0, 1, torch.device("cpu"), 10.0) < TOLERANCE
 
