@@ -130,7 +130,7 @@ def model_of(algorithm: str, by_ranks: dict[int, Times], cores: int) -> Model:
 
     Assumptions when carried further: every rank on a machine of its own, links that do not disturb one another,
     latency and bandwidth of this machine's loopback or shared memory, the same algorithm for any number of ranks, no
-    rank late. A real network has other alphas and betas; ``syncaccum.doctor`` measures them.
+    rank late. A real network has other alphas and betas.
     """
     rows, targets = [], []
     for ranks, times in by_ranks.items():

@@ -1,5 +1,5 @@
-"""The doctor finds out, before a job does, what would make its ranks hang, abort or disagree.
+"""Examines a distributed job before it runs, and names what would make its ranks hang, abort or disagree.
 
-On every node as the job itself is started, ``torchrun ... -m syncaccum.doctor`` or ``mpirun ... python -m mpi4py -m
-syncaccum.doctor``; alone, ``python -m syncaccum.doctor`` looks at this machine only.
+``torchrun ... -m syncaccum.doctor``, or ``mpirun ... python -m mpi4py -m syncaccum.doctor``, on every node, with the
+job's own options; alone it looks at this machine. Rank 0 prints one report; a problem makes the exit non-zero.
 """

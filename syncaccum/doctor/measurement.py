@@ -1,79 +1,105 @@
-"""What only the group itself can show: clocks, a commit, all-reduces, and the layers of the user's model."""
+"""What only a group can show: whether it forms, whether a commit is right, and whether all ranks have one model."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+import os
+import pkgutil
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
-from syncaccum.doctor.all_reduce import AllReduce, time_all_reduces
-from syncaccum.doctor.clock import Skew, measure_skew
-from syncaccum.doctor.known_answer import measure_commit_error
-from syncaccum.doctor.layers import Layers, compare_layers
-from syncaccum.doctor.placement import Placement
+from syncaccum import LayoutMismatchError, SyncAccumBatchNorm, commit, convert_sync_accum, discard, window_state_dict
+from syncaccum.doctor.launcher import GRACE, within
+from syncaccum.doctor.rank import Rank
 from syncaccum.integrations import mpi
-from syncaccum.transport import Group, resolve_group, transport_over
+
+TOLERANCE = 1e-10
+"""Relative, of float64 sums of values whose mean and std are alike: rounding of 1e-16, over at most some 1e4 values."""
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """By one rank. ``commit_errors`` and ``all_reduces`` are by transport: gloo or nccl, and mpi."""
-
-    error: str = ""
-    """Why there is no more than this: the group broke."""
-    skew: Skew = field(default_factory=Skew)
-    commit_errors: dict[str, float] = field(default_factory=dict)
-    all_reduces: dict[str, list[AllReduce]] = field(default_factory=dict)
-    layers: Layers | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Measurement:
-        return cls(
-            fields["error"],
-            Skew(**fields["skew"]),
-            fields["commit_errors"],
-            {name: [AllReduce(**one) for one in several] for name, several in fields["all_reduces"].items()},
-            Layers(**fields["layers"]) if fields["layers"] else None,
-        )
+def measure(us: Rank, backend: str, store: dist.Store, timeout: float, factory: str | None) -> None:
+    """Enters what it finds into ``us``. Collective; each thing that the ranks do takes ``timeout`` seconds at most."""
+    what = "the ranks met at the store, but could not connect to each other"
+    remedy = "set GLOO_SOCKET_IFNAME to the interface that reaches the others, and open all ports between the nodes"
+    remedy = f"{remedy}; this one listens: {us.host} on {us.address} ({us.interface})"
+    try:
+        if us.launcher != "alone":
+            _form_group(us, backend, dist.PrefixStore("group", store), timeout)
+        what = "the group broke while it was measured"
+        remedy = "see what the other ranks print: one of them died, hangs, or is cut off"
+        device = torch.device("cuda" if backend != "gloo" and us.gpus >= us.local_size else "cpu")
+        _check_commit(us, backend, None, device, timeout)
+        if us.launcher == "mpi":
+            _check_commit(us, "mpi", mpi.world(), device, timeout)
+        if factory is not None:
+            _compare_layers(us, factory, timeout)
+    except (TimeoutError, RuntimeError) as error:
+        why = str(error.__cause__ or error).partition("\n")[0]
+        us.add(f"{what}: {why}", remedy)
 
 
-def measure(placement: Placement, device: torch.device, timeout: float, factory: str | None) -> Measurement:
-    """Collective over the default process group, if there is one, and over MPI's world where MPI started the ranks.
-
-    Args:
-        placement: of this rank.
-        device: of this rank's layers and messages.
-        timeout: of a commit, in seconds.
-        factory: of the user's model, or None.
-
-    Raises:
-        RuntimeError: a peer is gone or hangs; CommitError is one.
-    """
-    groups: dict[str, Group] = {name_transport(placement, device): None}
-    if placement.launcher == "mpi":
-        groups["mpi"] = mpi.world()
-    rank, size = placement.rank, placement.size
-    return Measurement(
-        skew=measure_skew() if dist.is_initialized() else Skew(),
-        commit_errors={
-            name: measure_commit_error(group, rank, size, device, timeout) for name, group in groups.items()
-        },
-        all_reduces={
-            name: time_all_reduces(transport_over(resolve_group(group)), device)
-            for name, group in groups.items()
-            if size > 1
-        },
-        layers=compare_layers(factory, resolve_group(None)) if factory else None,
-    )
+def _form_group(us: Rank, backend: str, store: dist.Store, timeout: float) -> None:
+    if backend == "nccl":
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(us.local_rank)
+        # NCCL's watchdog otherwise ends the process when a peer hangs, before anything can be said about it.
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+    start, limit = dist.init_process_group, timedelta(seconds=timeout)
+    # gloo heeds no timeout where its peers cannot be reached.
+    within(timeout + GRACE, lambda: start(backend, store=store, rank=us.rank, world_size=us.size, timeout=limit))
 
 
-def name_transport(placement: Placement, device: torch.device) -> str:
-    if placement.launcher == "alone":
-        return "one process"
-    return "nccl" if device.type == "cuda" else "gloo"
+def _check_commit(us: Rank, transport: str, group: Any, device: torch.device, timeout: float) -> None:
+    error = us.commit_errors[transport] = measure_commit_error(group, us.rank, us.size, device, timeout)
+    what = f"a commit over {transport} is wrong: running statistics are off by {error:.1e} of their value"
+    if error > TOLERANCE:
+        us.add(what, "try gloo (CUDA_VISIBLE_DEVICES=) and NCCL_P2P_DISABLE=1; report what this prints with --json")
+
+
+def measure_commit_error(group: Any, rank: int, size: int, device: torch.device, timeout: float) -> float:
+    """The largest relative error of running statistics after two commits of unequal windows. Collective."""
+    layer = SyncAccumBatchNorm(8, process_group=group, device=device, dtype=torch.float64, affine=False)
+    reference = nn.BatchNorm1d(8, dtype=torch.float64, affine=False)
+    for step in range(2):
+        windows = [_draw_window(peer, step) for peer in range(size)]
+        for start in range(0, len(windows[rank]), 3):
+            layer(windows[rank][start : start + 3].to(device))
+        commit(layer, timeout=timeout)
+        reference(torch.cat(windows))
+    pairs = zip(layer.buffers(), reference.buffers(), strict=True)
+    errors = torch.stack([((ours.cpu() - right) / right).abs().max().double() for ours, right in pairs])
+    # NaN and Inf count as the largest number: JSON cannot say Inf.
+    return errors.nan_to_num(nan=torch.finfo(torch.float64).max).max().item()
+
+
+def _draw_window(rank: int, step: int) -> Tensor:
+    """What a rank sees, in content and size its own; every third sees nothing. All ranks can draw it."""
+    generator = torch.Generator().manual_seed(1_000_000 * step + rank)
+    return 3 * torch.randn((5, 8, 0)[rank % 3], 8, generator=generator, dtype=torch.float64) + 1 + rank % 5
+
+
+def _compare_layers(us: Rank, factory: str, timeout: float) -> None:
+    """Build the model on every rank, and let an empty commit compare its layers. Collective."""
+    failed, model = torch.zeros(1), nn.Module()
+    try:
+        model = pkgutil.resolve_name(factory)()
+        if not any(isinstance(layer, SyncAccumBatchNorm) for layer in model.modules()):
+            convert_sync_accum(model)
+        discard(model)
+        widths = [len(window) // 2 for window in window_state_dict(model).values()]
+        us.layers = {"count": len(widths), "channels": sum(widths)}
+    except Exception as error:  # whatever the user's code raises: the others wait below
+        failed += 1
+        remedy = "give --model as package.module:function, of a function that takes no arguments and returns the model"
+        us.add(f"{factory} built no model: {type(error).__name__}: {error}", remedy)
+    if dist.is_initialized():
+        dist.all_reduce(failed)
+    try:
+        if not failed:
+            commit(model, timeout=timeout)
+    except LayoutMismatchError as error:
+        remedy = "look for what the factory takes from its rank, its environment or its files"
+        us.add(f"{factory} builds different models: {error}", remedy)

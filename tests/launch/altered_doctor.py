@@ -6,17 +6,17 @@ import os
 import platform
 import signal
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import syncaccum
-from syncaccum import transport
 from syncaccum.doctor import __main__, measurement
 from syncaccum.ranks.agreement import HEADER
+from syncaccum.ranks.torch_transport import TorchTransport
 
 
 def replace_versions() -> None:
@@ -25,13 +25,8 @@ def replace_versions() -> None:
     syncaccum.__version__ = "0.0.1"
 
 
-def put_clock_forward() -> None:
-    time_ns = time.time_ns
-    time.time_ns = lambda: time_ns() + 5_000_000_000
-
-
 def spoil_sums() -> None:
-    all_reduce = transport._TorchTransport.all_reduce
+    all_reduce = TorchTransport.all_reduce
 
     def spoiled(self: Any, flat: Tensor) -> None:
         all_reduce(self, flat)
@@ -42,11 +37,11 @@ def spoil_sums() -> None:
     measured = measurement.measure_commit_error
 
     def measure_commit_error(*args: Any) -> float:
-        transport._TorchTransport.all_reduce = spoiled
+        TorchTransport.all_reduce = spoiled
         try:
             return measured(*args)
         finally:
-            transport._TorchTransport.all_reduce = all_reduce
+            TorchTransport.all_reduce = all_reduce
 
     measurement.measure_commit_error = measure_commit_error
 
@@ -59,9 +54,20 @@ def stop_in_commit(with_signal: signal.Signals) -> None:
     measurement.measure_commit_error = stop
 
 
+def leave_another_note() -> None:
+    """Another program, which has found the doctor's store."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    ours = dist.PrefixStore("syncaccum.doctor/0", store)
+    ours.set("facts/1/1", "__import__('os').abort()")
+    ours.add("facts/told", 1)
+    ours.wait(["facts/decision"])
+    ours.add("facts/read", 1)
+    os._exit(0)
+
+
 ALTERATIONS: dict[str, Callable[[], None]] = {
     "versions": replace_versions,
-    "clock": put_clock_forward,
+    "note": leave_another_note,
     "sums": spoil_sums,
     "killed": lambda: stop_in_commit(signal.SIGKILL),
     "stopped": lambda: stop_in_commit(signal.SIGSTOP),
