@@ -11,6 +11,7 @@ from syncaccum.layer import surroundings
 from syncaccum.layer.passes import normalize
 from syncaccum.layer.policies import choose_policy
 from syncaccum.layer.state import (
+    TRACED_AS,
     Accumulating,
     accumulate,
     adopt,
@@ -121,6 +122,7 @@ class SyncAccumBatchNorm(Accumulating):
         check_momentum(momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         adopt(self, process_group, normalization, r_max, d_max, prior_count)
+        self.__dict__["__module__"] = TRACED_AS  # the class keeps its own, for pickles
 
     @property
     def process_group(self) -> Group:

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from syncaccum.layer.batchnorm import SyncAccumBatchNorm
 from syncaccum.layer.routing import forward_through
-from syncaccum.layer.state import adopt, check_momentum, check_settings, release
+from syncaccum.layer.state import TRACED_AS, adopt, check_momentum, check_settings, release
 from syncaccum.ranks.groups import Group, GroupHandle
 from syncaccum.torch_private import BatchNormBase, buffers_of, parameters_of, submodules_of
 
@@ -213,8 +213,7 @@ def _make_class(base: type[SyncAccumBatchNorm], source: type, own_names: frozens
             "_made_from": key,
             "__reduce_ex__": _reduce,
             "_check_input_dim": source._check_input_dim,  # type: ignore[attr-defined]
-            # torch.fx takes classes of torch.nn for leaves, and must not trace into this one.
-            "__module__": "torch.nn.modules.batchnorm",
+            "__module__": TRACED_AS,
         }
         body.update({name: _OwnAttribute(name) for name in own_names})
         body.update({name: inspect.getattr_static(source, name) for name in _PUBLIC if hasattr(source, name)})

@@ -80,6 +80,10 @@ class Accumulation:
         self.is_open = False
 
 
+TRACED_AS = "torch.nn.modules.batchnorm"
+"""The module that a layer says it is from: torch.fx takes those for leaves, and must not trace into ours."""
+
+
 class Accumulating(BatchNormBase):
     """A BatchNorm with a window. What it does with data is in `batchnorm`."""
 

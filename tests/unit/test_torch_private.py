@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -159,3 +160,36 @@ def _is_of_torch(node: ast.AST) -> bool:
     while hasattr(node, "value"):
         node = node.value
     return getattr(node, "id", None) in ("torch", "dist", "ddp", "DistributedDataParallel", "nn", "F")
+
+
+def test_whether_something_else_than_backward_differentiates() -> None:
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(torch_private.is_transformed())
+        return x.sum()
+
+    look(torch.ones(2))
+    torch.func.grad(look)(torch.ones(2))
+    torch.func.vmap(look)(torch.ones(2, 2))
+    with forward_ad.dual_level():
+        look(torch.ones(2))
+    look(torch.ones(2, requires_grad=True)).backward()
+    assert seen == [False, True, True, True, False]
+
+
+def test_tensors_inside_transforms() -> None:
+    x = torch.arange(6.0).view(2, 3)
+    outside = torch.zeros(3)
+    seen = []
+
+    def forward(row: Tensor) -> Tensor:
+        seen.append((torch_private.is_in_vmap(row), torch_private.take_out_of_transforms(row).shape))
+        with torch_private.outside_transforms():
+            outside.add_(1)  # torch.func would refuse it
+        return row.sum()
+
+    torch.func.vmap(torch.func.grad(forward))(x)
+    torch.func.grad(forward)(x[0])
+    assert seen == [(True, (2, 3)), (False, (3,))]
+    assert outside.tolist() == [2, 2, 2]
