@@ -18,6 +18,7 @@ from syncaccum.layer.state import (
     check_momentum,
     check_settings,
     is_counted,
+    note_forward,
     tracks,
     warn_if_uncommitted,
 )
@@ -184,6 +185,7 @@ def normalize_and_accumulate(
         surroundings.refuse_ddps_own_join()
         if (participant := surroundings.lockstep_here()) is not None:
             return participant.normalize(layer, input, weight, bias, eps, counts=counts)
+        note_forward(layer)
     policy = choose_policy(layer, input.numel() // layer.num_features, eps)
     output, sums = normalize(input, weight, bias, policy)
     if counts:

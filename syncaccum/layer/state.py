@@ -55,6 +55,8 @@ class Accumulation:
     """Whether any forward counted since the last commit."""
     is_committed: bool = False
     """Whether there was a commit since the statistics were reset, if only an empty one."""
+    has_normalised: bool = False
+    """Whether any training forward used the statistics as they are now. A checkpoint's second forward needs that."""
     micro_batches: int = 0
     """In the open window, where Python counts: not in compiled forwards."""
     uncounted: int = 0
@@ -79,6 +81,12 @@ class Accumulation:
         self.micro_batches = 0
         self.is_open = False
 
+    def replace_statistics(self, *, is_committed: bool) -> None:
+        """Running statistics came from elsewhere. The window belongs to those before."""
+        self.drop()
+        self.is_committed = is_committed
+        self.has_normalised = False
+
 
 TRACED_AS = "torch.nn.modules.batchnorm"
 """The module that a layer says it is from: torch.fx takes those for leaves, and must not trace into ours."""
@@ -92,15 +100,13 @@ class Accumulating(BatchNormBase):
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
         if "_accumulation" in self.__dict__:  # not yet in nn.BatchNorm's constructor
-            self._accumulation.drop()
-            self._accumulation.is_committed = False
+            self._accumulation.replace_statistics(is_committed=False)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # The window belongs to the statistics that were replaced.
         if prefix + "running_mean" in state_dict:
-            self._accumulation.drop()
-            self._accumulation.is_committed = True
+            self._accumulation.replace_statistics(is_committed=True)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -236,6 +242,23 @@ def add_unless_in_backward(window: Tensor, sums: Tensor) -> None:
     """Of compiled forwards. They cannot ask where they run; this can, each time that it runs."""
     if not runs_in_backward():
         window.add_(sums)
+
+
+def note_forward(layer: Accumulating) -> None:
+    """Know that a training forward uses the statistics as they are now; not where a compiler looks.
+
+    Raises:
+        RuntimeError: it is a checkpoint's second one, and the first used others. Its gradient would be wrong.
+    """
+    state = layer._accumulation
+    if not runs_in_backward():
+        state.has_normalised = True
+    elif not state.has_normalised and state.normalization != "batch":
+        raise RuntimeError(
+            f"torch.utils.checkpoint runs the forward of layer {state.name or type(layer).__name__} again, but its "
+            "running statistics were committed or loaded since the first time, so the gradient would be of something "
+            'else: call backward() before commit, or use normalization="batch"'
+        )
 
 
 def warn_if_uncommitted(layer: Accumulating) -> None:

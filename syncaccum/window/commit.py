@@ -208,6 +208,7 @@ def _apply(layout: Layout, layers: Sequence[Accumulating], reduced: Tensor) -> N
     zero_all([layer._accumulation.window for layer in layers])
     for layer in layers:
         layer._accumulation.close()
+        layer._accumulation.has_normalised = False
 
 
 def _factors(layers: Sequence[Accumulating], layout: Layout, device: torch.device) -> Tensor | float:

@@ -191,6 +191,45 @@ def test_a_checkpoint_around_a_block_counts_it_once(backend: str | None, reentra
 SCRIPTED = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("change", [commit, lambda m: m.load_state_dict(dict(m.named_buffers()), strict=False)])
+@pytest.mark.parametrize("policy", ["renorm", "batch", "running"])
+def test_a_recomputed_forward_has_the_first_ones_statistics_or_says_so(
+    policy: str, change: Callable[[nn.Module], Any], reentrant: bool
+) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        model = make_model(normalization=policy)
+        model(draw(8, 3))
+        commit(model)
+        x = draw(8, 3, seed=1).requires_grad_()
+        y = checkpoint(model, x, use_reentrant=reentrant) if checkpointed else model(x)
+        with torch.no_grad():
+            change(model)
+        if checkpointed and policy != "batch":
+            with pytest.raises(RuntimeError, match=r"layer 1 again, but its running statistics .* before commit"):
+                y.square().sum().backward()
+            return
+        y.square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_discard_or_not_counted_does_not_change_what_a_recomputed_forward_uses(reentrant: bool) -> None:
+    model = make_model()
+    model(draw(8, 3))
+    commit(model)
+    x = draw(8, 3, seed=1).requires_grad_()
+    with not_counted(model):
+        y = checkpoint(model, x, use_reentrant=reentrant)
+    syncaccum.discard(model)
+    y.square().sum().backward()
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    torch.testing.assert_close(x.grad, expected)
+    assert model[1].window.count == 8
+
+
 @SCRIPTED
 @pytest.mark.parametrize("differentiate", [jacrev, jacfwd, grad])
 def test_transforms_of_torch_func_agree_with_batch_norm_and_count_once(differentiate: Any) -> None:
