@@ -2,7 +2,7 @@
 # Make the base image of docker/Dockerfile from Debian's packages, where no container registry can be reached.
 set -euo pipefail
 
-image=python:3.11-slim-bookworm
+image=syncaccum-base:bookworm
 
 usage() {
   cat <<USAGE

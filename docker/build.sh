@@ -11,8 +11,8 @@ Builds the image of docker/Dockerfile. Where a container cannot install packages
 docker/wheelhouse has wheels, it installs those of docker/wheelhouse, which docker/wheelhouse.sh keeps up to date.
 
   SYNCACCUM_IMAGE   name of the image to build (default syncaccum-node)
-  BASE              image to build it on (default python:3.11-slim-bookworm; docker/base_offline.sh makes it where
-                    no container registry can be reached)
+  BASE              image to build it on (default python:3.11-slim-bookworm, or syncaccum-base:bookworm, which
+                    docker/base_offline.sh makes where no container registry can be reached)
 USAGE
 }
 
@@ -20,11 +20,22 @@ USAGE
 source docker/common.sh
 take_no_arguments "$@"
 image=${SYNCACCUM_IMAGE:-syncaccum-node}
-base=${BASE:-python:3.11-slim-bookworm}
 need_engine
-if ! docker image inspect "$base" >/dev/null 2>&1; then
-  docker pull --quiet "$base" ||
-    fail "the base image $base cannot be pulled: docker/base_offline.sh makes it from Debian's packages, or set BASE"
+
+has_image() {
+  docker image inspect "$1" >/dev/null 2>&1
+}
+
+official=python:3.11-slim-bookworm
+ours=syncaccum-base:bookworm
+base=${BASE:-$official}
+if ! has_image "$base"; then
+  if [[ -z ${BASE:-} ]] && has_image "$ours"; then
+    base=$ours
+  else
+    docker pull --quiet "$base" ||
+      fail "the base image $base cannot be pulled: docker/base_offline.sh makes one of Debian's packages, or set BASE"
+  fi
 fi
 
 # What a build over the network would do for each package.

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from syncaccum.layer import surroundings
 from syncaccum.layer.passes import normalize
 from syncaccum.layer.policies import choose_policy
+from syncaccum.layer.settings import Setting, check_momentum
 from syncaccum.layer.state import (
     TRACED_AS,
     Accumulating,
     accumulate,
     adopt,
-    check_momentum,
-    check_settings,
     is_counted,
     note_forward,
     tracks,
@@ -25,22 +22,6 @@ from syncaccum.layer.state import (
 from syncaccum.moments import Moments
 from syncaccum.ranks.groups import Group
 from syncaccum.window.commit import commit_layers
-
-
-class _Setting:
-    """An attribute of a layer that lives in its accumulation, checked when it is set."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, layer: Any, owner: type) -> Any:
-        return self if layer is None else getattr(layer._accumulation, self._name)
-
-    def __set__(self, layer: Any, value: Any) -> None:
-        state = layer._accumulation
-        settings = {n: getattr(state, n) for n in ("normalization", "r_max", "d_max", "prior_count")}
-        check_settings(**{**settings, self._name: value})
-        setattr(state, self._name, value)
 
 
 class SyncAccumBatchNorm(Accumulating):
@@ -99,10 +80,10 @@ class SyncAccumBatchNorm(Accumulating):
     _made_from: tuple[type[SyncAccumBatchNorm], type, frozenset[str]] | None = None
     """Of a converted layer's class: what it adds to, the class the layer goes back to, and names left alone."""
 
-    normalization = _Setting()
-    r_max = _Setting()
-    d_max = _Setting()
-    prior_count = _Setting()
+    normalization = Setting()
+    r_max = Setting()
+    d_max = Setting()
+    prior_count = Setting()
 
     def __init__(
         self,

@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 
 from syncaccum.layer.batchnorm import SyncAccumBatchNorm
 from syncaccum.layer.routing import forward_through
-from syncaccum.layer.state import TRACED_AS, adopt, check_momentum, check_settings, release
+from syncaccum.layer.settings import check_momentum, check_settings
+from syncaccum.layer.state import TRACED_AS, adopt, release
 from syncaccum.ranks.groups import Group, GroupHandle
 from syncaccum.torch_private import BatchNormBase, buffers_of, parameters_of, submodules_of
 

@@ -6,7 +6,6 @@ same reason.
 
 from __future__ import annotations
 
-import math
 import threading
 import warnings
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from syncaccum.layer.settings import check_settings
 from syncaccum.moments import Moments
 from syncaccum.ranks.groups import Group, GroupHandle
 from syncaccum.torch_private import (
@@ -26,9 +26,6 @@ from syncaccum.torch_private import (
     runs_in_backward,
     take_out_of_transforms,
 )
-
-POLICIES = ("renorm", "batch", "running")
-"""The names of the normalization policies; `policies` says what they are."""
 
 # Micro-batches without a commit: surely forgotten. Windows of hundreds are in use.
 _FORGOTTEN_AFTER = 1000
@@ -297,21 +294,3 @@ def commit_momentum(layer: Accumulating) -> float | None:
     state, momentum = layer._accumulation, layer.momentum
     paused = momentum == 0 and not state.always_counts
     return state.momentum if state.is_open or paused else momentum
-
-
-def check_settings(normalization: str, r_max: float = 1.5, d_max: float = 0.5, prior_count: float = 1.0) -> None:
-    """Raise ValueError for a setting out of range. Written so that NaN fails."""
-    if normalization not in POLICIES:
-        raise ValueError(f"normalization must be one of {', '.join(map(repr, POLICIES))}, got {normalization!r}")
-    if not r_max >= 1:
-        raise ValueError(f"r_max must be at least 1, got {r_max}")
-    if not d_max >= 0:
-        raise ValueError(f"d_max must be at least 0, got {d_max}")
-    if not 0 <= prior_count < math.inf:
-        raise ValueError(f"prior_count must be finite and at least 0, got {prior_count}")
-
-
-def check_momentum(momentum: float | None) -> None:
-    """Raise ValueError for a momentum that nn.BatchNorm would take and that no average has."""
-    if momentum is not None and not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must be in [0, 1], or None for the cumulative average, got {momentum}")
