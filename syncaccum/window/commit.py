@@ -108,6 +108,7 @@ def commit_layers(
         join.announce_commit([layer for _, layer in layers], discards=on_nonfinite == "discard")
     values: dict[str, int] = {}
     ranks: list[int] = []
+    discarded: list[str] = []
 
     def commit_group(group: Group, members: Sequence[NamedLayer]) -> None:
         transport = connect(group, timeout)
@@ -116,23 +117,28 @@ def commit_layers(
         except NonFiniteStatisticsError as error:
             if on_nonfinite == "raise":
                 raise
-            _discard(members, error)
+            # All ranks of the group have this error and do the same.
+            for _, layer in members:
+                layer._accumulation.drop()
+            discarded.append(error.where)
             counts = [0] * len(members)
         values.update((name, n) for (name, layer), n in zip(members, counts, strict=True) if _is_ours(layer, n))
         ranks.append(transport.size)
 
-    for_each_group(layers, commit_group)
+    try:
+        for_each_group(layers, commit_group)
+    finally:
+        # Last: it may be an error, and the next group's peers wait.
+        if discarded:
+            _warn_of_discarded(discarded)
     applied = tuple(name for name, count in values.items() if count > 0)
     return CommitReport(applied, values, max(ranks), time.perf_counter() - start)
 
 
-def _discard(members: Sequence[NamedLayer], error: NonFiniteStatisticsError) -> None:
-    """Start new windows, as every rank of the group does: all have this error."""
-    for _, layer in members:
-        layer._accumulation.drop()
+def _warn_of_discarded(where: Sequence[str]) -> None:
     warnings.warn(
-        f"NaN or Inf in the window ({error.where}): it was discarded on all ranks, as on_nonfinite='discard' says; "
-        "running statistics are unchanged",
+        f"NaN or Inf in the window ({'; '.join(where)}): it was discarded on all ranks, as on_nonfinite='discard' "
+        "says, and running statistics are unchanged",
         stacklevel=2,
     )
 

@@ -89,10 +89,8 @@ def hook_step(
     if not getattr(optimizer.step, "hooked", False):
         _hook_replaced_step(optimizer)
     # A compiled step would trace what they do.
-    return (
-        optimizer.register_step_pre_hook(torch.compiler.disable(before)),
-        optimizer.register_step_post_hook(torch.compiler.disable(after)),
-    )
+    pre, post = (torch.compiler.disable(hook) for hook in (before, after))  # type: ignore[no-untyped-call]
+    return optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)
 
 
 def _hook_replaced_step(optimizer: Optimizer) -> None:
