@@ -100,6 +100,6 @@ def _hook_replaced_step(optimizer: Optimizer) -> None:
     def step(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
         return replaced(*args, **kwargs)
 
-    # Schedulers and torch leave marks on it.
-    vars(step).update(getattr(replaced, "__dict__", {}), hooked=True)
-    setattr(optimizer, "step", MethodType(Optimizer.profile_hook_step(step), optimizer))  # noqa: B010 - a method to mypy
+    hooked: Any = Optimizer.profile_hook_step(step)
+    hooked.hooked = True  # torch's own mark
+    setattr(optimizer, "step", MethodType(hooked, optimizer))  # noqa: B010 - mypy sees a method

@@ -74,8 +74,9 @@ def commit_on_step(
         Each ``optimizer.step()`` raises what ``commit`` does, after the weights have moved.
 
     Warns:
-        UserWarning: from the step, once for each window that was discarded, with the layers and ranks of the
-            NaN or Inf; when one of several optimizers has taken 200 steps in a round, and another none.
+        UserWarning: from the step, on every rank, once for each discarded window, naming the layers and ranks of the
+            NaN or Inf (Python by default prints equal warnings once); and when one of several optimizers has
+            taken 200 steps in a round and another none.
 
     Example::
 
