@@ -14,6 +14,9 @@ class LayoutMismatchError(CommitError):
 class NonFiniteStatisticsError(CommitError):
     """NaN or Inf in some rank's window; the window is kept until ``discard``."""
 
+    where: str = ""
+    """Which layers on which ranks, for people to read."""
+
 
 class TooFewValuesError(CommitError, ValueError):
     """A layer saw a single value per channel in the whole global batch, which has no variance."""

@@ -43,8 +43,11 @@ class UnevenInputs(Protocol):
     def model(self) -> nn.Module:
         """What was wrapped: the DistributedDataParallel."""
 
-    def announce_commit(self, layers: Sequence[nn.Module]) -> None:
-        """Let ranks that have run out of inputs take part in the commit that comes. Collective."""
+    def announce_commit(self, layers: Sequence[nn.Module], *, discards: bool) -> None:
+        """Let ranks that have run out of inputs take part in the commit that comes. Collective.
+
+        ``discards``: whether it drops a window with NaN or Inf rather than raise.
+        """
 
 
 _here = threading.local()

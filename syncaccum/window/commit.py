@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn, cast
+from typing import Literal, NoReturn, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from syncaccum.ranks.transport import Transport
 from syncaccum.torch_private import add_to_all, buffers_of, copy_all, zero_all
 from syncaccum.window.layers import NamedLayer, for_each_group, tracking_layers
 from syncaccum.window.layout import Layout, raise_layout_mismatch, verify_layout
+
+OnNonFinite = Literal["raise", "discard"]
+"""What a commit does with NaN or Inf in a window."""
 
 
 @dataclass(frozen=True)
@@ -86,23 +90,57 @@ def to_seconds(timeout: float | timedelta | None) -> float | None:
     return seconds
 
 
-def commit_layers(layers: Sequence[NamedLayer], timeout: float | None = None) -> CommitReport:
-    """Commit these layers, whatever module they are in. Collective."""
+def check_on_nonfinite(policy: str) -> None:
+    """Raise ValueError for a policy that there is not."""
+    if policy not in get_args(OnNonFinite):
+        raise ValueError(f"on_nonfinite must be one of {', '.join(map(repr, get_args(OnNonFinite)))}, got {policy!r}")
+
+
+def commit_layers(
+    layers: Sequence[NamedLayer], timeout: float | None = None, on_nonfinite: OnNonFinite = "raise"
+) -> CommitReport:
+    """Commit these layers, whatever module they are in. Collective.
+
+    A window that ``on_nonfinite="discard"`` drops is reported as one without values.
+    """
     start = time.perf_counter()
     if (join := surroundings.open_join()) is not None:
-        join.announce_commit([layer for _, layer in layers])
+        join.announce_commit([layer for _, layer in layers], discards=on_nonfinite == "discard")
     values: dict[str, int] = {}
     ranks: list[int] = []
+    discarded: list[str] = []
 
     def commit_group(group: Group, members: Sequence[NamedLayer]) -> None:
         transport = connect(group, timeout)
-        counts = _commit_group(group, transport, members)
+        try:
+            counts = _commit_group(group, transport, members)
+        except NonFiniteStatisticsError as error:
+            if on_nonfinite == "raise":
+                raise
+            # All ranks of the group have this error and do the same.
+            for _, layer in members:
+                layer._accumulation.drop()
+            discarded.append(error.where)
+            counts = [0] * len(members)
         values.update((name, n) for (name, layer), n in zip(members, counts, strict=True) if _is_ours(layer, n))
         ranks.append(transport.size)
 
-    for_each_group(layers, commit_group)
+    try:
+        for_each_group(layers, commit_group)
+    finally:
+        # Last: it may be an error, and the next group's peers wait.
+        if discarded:
+            _warn_of_discarded(discarded)
     applied = tuple(name for name, count in values.items() if count > 0)
     return CommitReport(applied, values, max(ranks), time.perf_counter() - start)
+
+
+def _warn_of_discarded(where: Sequence[str]) -> None:
+    warnings.warn(
+        f"NaN or Inf in the window ({'; '.join(where)}): it was discarded on all ranks, as on_nonfinite='discard' "
+        "says, and running statistics are unchanged",
+        stacklevel=2,
+    )
 
 
 def _is_ours(layer: Accumulating, count: int) -> bool:
@@ -174,10 +212,13 @@ def _raise_non_finite(transport: Transport, members: Sequence[NamedLayer]) -> No
     ours = [name for name, layer in members if not layer._accumulation.window.isfinite().all()]
     by_rank = gather_texts(transport, ours)
     where = "; ".join(f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(by_rank) if names)
-    raise NonFiniteStatisticsError(
-        f"NaN or Inf in the window ({where or 'only in the sum over ranks'}); running statistics are unchanged and "
+    where = where or "only in the sum over ranks"
+    error = NonFiniteStatisticsError(
+        f"NaN or Inf in the window ({where}); running statistics are unchanged and "
         "the window is kept: find the bad micro-batch, or discard(model) and go on"
     )
+    error.where = where
+    raise error
 
 
 def _apply_to_some(layout: Layout, counts: Sequence[int], seen: Sequence[Accumulating], reduced: Tensor) -> None:

@@ -17,10 +17,11 @@ from syncaccum.layer import surroundings
 from syncaccum.ranks.connect import connect
 from syncaccum.ranks.groups import resolve_group
 from syncaccum.torch_private import set_join_settings
-from syncaccum.window.commit import commit
+from syncaccum.window.commit import OnNonFinite, commit_layers
 from syncaccum.window.layers import tracking_layers
 
-_FORWARD, _COMMIT = 0.0, 1.0
+# By what is summed over the ranks: commits, and those that discard NaN and Inf.
+_FORWARD, _COMMIT, _DISCARDING_COMMIT = (0.0, 0.0), (1.0, 0.0), (1.0, 1.0)
 
 
 @contextmanager
@@ -101,14 +102,14 @@ class _Joinable(Joinable):
     def join_process_group(self) -> Any:
         return self.model.join_process_group
 
-    def announce_commit(self, layers: Sequence[nn.Module]) -> None:
+    def announce_commit(self, layers: Sequence[nn.Module], *, discards: bool) -> None:
         if self._waiting:
             return  # this commit is the answer to an announcement
         if list(layers) != self._layers:
             raise CommitError("inside join only its model can be committed, as a whole: commit(ddp)")
-        self.announce(_COMMIT)
+        self.announce(_DISCARDING_COMMIT if discards else _COMMIT)
 
-    def announce(self, kind: float) -> None:
+    def announce(self, kind: tuple[float, float]) -> None:
         """Say on a rank that has inputs what it is about to do. Collective, with those that wait."""
         work = Join.notify_join_context(self)
         assert work is not None  # it is the first and only joinable
@@ -118,23 +119,27 @@ class _Joinable(Joinable):
     def shadow(self, forward: JoinHook) -> None:
         """Do on a rank that waits what the others have announced. Collective."""
         self._waiting = True
-        if self._exchange(_FORWARD, present=0.0) == _COMMIT:
-            commit(self.model)
-        else:
+        kind = self._exchange(_FORWARD, present=0.0)
+        if kind == _FORWARD:
             forward.main_hook()
+            return
+        on_nonfinite: OnNonFinite = "discard" if kind == _DISCARDING_COMMIT else "raise"
+        commit_layers(tracking_layers(self.model), on_nonfinite=on_nonfinite)
 
-    def _exchange(self, kind: float, *, present: float) -> float:
+    def _exchange(self, kind: tuple[float, float], *, present: float) -> tuple[float, float]:
         """What all ranks with inputs are about to do; raises on every rank if they are at odds."""
         device = self._transport.choose_device(self.join_device)
-        message = torch.tensor([kind, present], dtype=torch.float64, device=device)
+        message = torch.tensor([*kind, present], dtype=torch.float64, device=device)
         self._transport.all_reduce(message)
-        commits, ranks = message.tolist()
+        commits, discards, ranks = message.tolist()
         if commits not in (0.0, ranks):
             raise CommitError(
                 f"{commits:.0f} of {ranks:.0f} ranks that still have inputs commit and the others go on with their "
                 "window: inside join every rank must commit after as many micro-batches as the others"
             )
-        return _COMMIT if commits else _FORWARD
+        if not commits:
+            return _FORWARD
+        return _DISCARDING_COMMIT if discards else _COMMIT
 
 
 class _Hook(JoinHook):

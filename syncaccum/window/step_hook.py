@@ -2,42 +2,166 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Collection
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from syncaccum.window.commit import commit, to_seconds
+from syncaccum.layer.state import Accumulating
+from syncaccum.window.commit import OnNonFinite, check_on_nonfinite, commit_layers, to_seconds
 from syncaccum.window.layers import tracking_layers
+from syncaccum.window.optimizers import find_optimizers, hook_step
+
+# A GAN's critic takes up to 100 steps for one of the generator.
+_UNEVEN_AFTER = 200
 
 
 def commit_on_step(
-    model: nn.Module, optimizer: Optimizer, *, timeout: float | timedelta | None = None
-) -> RemovableHandle:
-    """Call ``commit(model, timeout=timeout)`` after each ``optimizer.step()``: one window for one step.
+    model: nn.Module,
+    optimizer: Any,
+    *,
+    timeout: float | timedelta | None = None,
+    on_nonfinite: OnNonFinite = "raise",
+) -> CommitHandle:
+    """Commit the model's windows after each ``optimizer.step()``: one window for one step.
 
-    The step that follows the last micro-batch's backward closes the window. Wrappers that keep the real optimizer
-    in ``.optimizer`` (accelerate's) are seen through. Where GradScaler skips a step, the window stays open and is
-    committed with the next one. A copy of the optimizer does not carry the hook.
+    The step that follows the last micro-batch's backward closes the window. Registering is not collective. Each step
+    is: all ranks must step equally often. Inside ``syncaccum.join`` ranks without inputs take part by themselves.
 
-    Collective at every step: all ranks must step equally often. Registering is not collective.
+    **Wrappers** are seen through, also those that are no torch Optimizer: the hook is on the innermost optimizer, in
+    whatever attribute it is kept (accelerate's, timm's Lookahead, SAM, fastai's OptimWrapper, PostLocalSGDOptimizer).
+    So a wrapper that steps it in some of its calls only commits in those. A step that calls its parent class's step
+    commits once. A copy of an optimizer, by deepcopy or pickle, does not carry the hook.
+
+    **Several optimizers** that step for the same window, as a list, tuple, set or dict: one commit for each round. A
+    round is over when each of them has stepped at least once since the last commit, in any order. Where one steps
+    more often, as the critic of a GAN, the window holds all micro-batches of the round. To commit each part of a model
+    with its own steps, call ``commit_on_step`` for each submodule with its own optimizer. To commit a model after
+    every step of either of two optimizers, call it once for each of the two.
+
+    **A second call** for the same optimizer, or one of the same, and the same layers replaces the first. So a training
+    function that runs again does not commit twice.
+
+    **Skipped steps**: where GradScaler skips a step, the window stays open and is committed with the next one. A round
+    waits for a step that was skipped. The ranks of DDP skip the same steps, because they judge the same gradients.
+    A fused optimizer is called even then and does nothing: its window is committed.
+
+    **NaN or Inf** in some rank's window, as after an overflow: all ranks of the layers' group find it alike, in the
+    hook, when the optimizer has moved the weights. With ``on_nonfinite="raise"`` the step raises and the window is
+    kept, so every later step raises, too, until ``discard(model)``. With ``"discard"`` the windows of all layers
+    of that group are dropped on all its ranks, running statistics stay as they are, and training goes on. Dropped are
+    all micro-batches since the last commit, those of skipped steps included. Other errors are raised with both.
+
+    Args:
+        model: a module with SyncAccumBatchNorm layers, also inside DDP or torch.compile wrappers.
+        optimizer: a torch.optim.Optimizer, a wrapper around one, or a list, tuple, set or dict of them.
+        timeout: of each commit, as for ``commit``.
+        on_nonfinite: "raise" or "discard", the same on all ranks.
 
     Returns:
-        A handle; ``handle.remove()`` ends it.
+        A handle; ``handle.remove()`` ends it for all optimizers. It is also a context manager that does so at its end.
 
     Raises:
-        ValueError: the timeout is not a positive number.
+        ValueError: the timeout is not a positive number, ``on_nonfinite`` is none of the two, or the list is empty.
         NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
+        TypeError: an optimizer is no torch.optim.Optimizer and holds none, or has no ``step``, so that a
+            hook could never fire; call ``commit(model)`` after each of its steps instead.
+
+        Each ``optimizer.step()`` raises what ``commit`` does, after the weights have moved.
+
+    Warns:
+        UserWarning: from the step, on every rank, once for each discarded window, naming the layers and ranks of the
+            NaN or Inf (Python by default prints equal warnings once); and when one of several optimizers has
+            taken 200 steps in a round and another none.
+
+    Example::
+
+        >>> model = syncaccum.convert_sync_accum(model)
+        >>> handle = syncaccum.commit_on_step(model, optimizer, on_nonfinite="discard")
+        >>> for x, y in micro_batches:
+        ...     loss_fn(model(x), y).backward()
+        >>> optimizer.step()  # commits
+        >>> optimizer.zero_grad()
     """
     # Say so now rather than at the first step.
     tracking_layers(model)
     to_seconds(timeout)
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
+    check_on_nonfinite(on_nonfinite)
+    optimizers = find_optimizers(optimizer)
+    for other in list(_registered):
+        if other.is_replaced_by(model, optimizers):
+            other.remove()
+    handle = CommitHandle(model, optimizers, to_seconds(timeout), on_nonfinite)
+    _registered.add(handle)
+    return handle
 
-    def commit_window(*_: Any) -> None:
-        commit(model, timeout=timeout)
 
-    return optimizer.register_step_post_hook(commit_window)
+class CommitHandle:
+    """What ``commit_on_step`` returns: ``remove()`` ends it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Collection[Optimizer],
+        timeout: float | None,
+        on_nonfinite: OnNonFinite,
+    ) -> None:
+        self._model = model
+        self._timeout = timeout
+        self._on_nonfinite = on_nonfinite
+        # Weak: a round must not wait for one that is gone.
+        self._optimizers = WeakSet(optimizers)
+        self._stepping: WeakSet[Optimizer] = WeakSet()
+        self._steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        self._hooks = [hook for optimizer in optimizers for hook in hook_step(optimizer, self._begin, self._end)]
+
+    def remove(self) -> None:
+        """Commit no more after steps, of any of the optimizers."""
+        for hook in self._hooks:
+            hook.remove()
+        _registered.discard(self)
+
+    def __enter__(self) -> CommitHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def is_replaced_by(self, model: nn.Module, optimizers: Collection[Optimizer]) -> bool:
+        """Whether a registration for these leaves nothing to do for this one."""
+        return not self._optimizers.isdisjoint(optimizers) and _layers(self._model) <= _layers(model)
+
+    def _begin(self, optimizer: Optimizer, *_: Any) -> None:
+        self._stepping.add(optimizer)
+
+    def _end(self, optimizer: Optimizer, *_: Any) -> None:
+        if optimizer not in self._stepping:
+            return  # a subclass's step around the one that was just seen
+        self._stepping.discard(optimizer)
+        self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
+        if len(self._steps) == len(self._optimizers):
+            self._steps.clear()
+            commit_layers(tracking_layers(self._model), self._timeout, self._on_nonfinite)
+        elif self._steps[optimizer] == _UNEVEN_AFTER:
+            _warn_of_uneven_steps()
+
+
+def _layers(model: nn.Module) -> set[Accumulating]:
+    return {module for module in model.modules() if isinstance(module, Accumulating)}
+
+
+def _warn_of_uneven_steps() -> None:
+    warnings.warn(
+        f"one optimizer has taken {_UNEVEN_AFTER} steps since the last commit and another of the same commit_on_step "
+        "none, so nothing was committed: list only optimizers that step for the same window, or call commit_on_step "
+        "for each submodule with its own optimizer",
+        stacklevel=2,
+    )
+
+
+_registered: WeakSet[CommitHandle] = WeakSet()
+"""The optimizers' hooks keep them alive."""

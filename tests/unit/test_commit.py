@@ -1,4 +1,4 @@
-"""commit, discard, windows and commit_on_step in one process, without a process group."""
+"""commit, discard and windows in one process, without a process group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from syncaccum import (
     NonFiniteStatisticsError,
     SyncAccumBatchNorm,
     commit,
-    commit_on_step,
     convert_sync_accum,
     discard,
 )
@@ -118,76 +117,3 @@ def test_a_shared_layer_is_committed_once() -> None:
     layer(torch.randn(4, 3))
     assert commit(model).layers == ("a",)
     assert layer.num_batches_tracked == 1
-
-
-def test_commit_on_step_commits_each_window_once() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), SyncAccumBatchNorm(3))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    handle = commit_on_step(model, optimizer)
-    for _ in range(2):
-        for _ in range(3):
-            model(torch.randn(4, 3)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert model[1].num_batches_tracked == 2
-    assert model[1].window.count == 0
-    handle.remove()
-    model(torch.randn(4, 3)).sum().backward()
-    optimizer.step()
-    assert model[1].num_batches_tracked == 2
-
-
-class TwiceStepping(torch.optim.SGD):
-    """A subclass whose step calls its parent's: torch fires the hook for both."""
-
-    def step(self, closure=None):  # type: ignore[no-untyped-def, override]
-        return super().step(closure)
-
-
-def test_commit_on_step_survives_an_optimizer_that_fires_its_hook_twice() -> None:
-    layer = SyncAccumBatchNorm(3)
-    optimizer = TwiceStepping(layer.parameters(), lr=0.1)
-    commit_on_step(layer, optimizer)
-    layer(torch.randn(4, 3)).square().mean().backward()
-    optimizer.step()
-    assert layer.num_batches_tracked == 1
-
-
-class Wrapper(torch.optim.Optimizer):
-    """As accelerate's: an Optimizer by class, without hooks of its own."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-
-    def step(self, closure=None):  # type: ignore[no-untyped-def, override]
-        return self.optimizer.step(closure)
-
-
-def test_commit_on_step_sees_through_a_wrapper() -> None:
-    layer = SyncAccumBatchNorm(3)
-    optimizer = Wrapper(torch.optim.SGD(layer.parameters(), lr=0.1))
-    commit_on_step(layer, optimizer)
-    layer(torch.randn(4, 3)).square().mean().backward()
-    optimizer.step()
-    assert layer.num_batches_tracked == 1
-
-
-def test_a_step_that_grad_scaler_skips_keeps_the_window_for_the_next() -> None:
-    layer = SyncAccumBatchNorm(3)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    commit_on_step(layer, optimizer)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
-    scaler.scale(layer(torch.randn(4, 3)).square().sum() * 1e5).backward()
-    scaler.step(optimizer)
-    scaler.update(1.0)
-    optimizer.zero_grad()
-    assert layer.num_batches_tracked == 0
-    scaler.scale(layer(torch.randn(4, 3)).square().sum()).backward()
-    scaler.step(optimizer)
-    assert layer.num_batches_tracked == 1
-
-
-def test_commit_on_step_refuses_an_unconverted_model_at_once() -> None:
-    model = nn.BatchNorm1d(3)
-    with pytest.raises(NoLayersError):
-        commit_on_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
