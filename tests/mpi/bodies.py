@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
+import socket
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor, nn
 
 from syncaccum import (
+    CommitError,
     LayoutMismatchError,
     LockstepError,
     NonFiniteStatisticsError,
@@ -22,6 +25,7 @@ from syncaccum import (
     convert_sync_accum,
     lockstep,
 )
+from syncaccum.integrations import mpi
 from tests.distributed.oracle import assert_unchanged, take_snapshot
 
 Body = Callable[[MPI.Intracomm], None]
@@ -217,5 +221,27 @@ def communicators_that_cannot_be_are_refused(comm: MPI.Intracomm) -> None:
     freed = comm.Dup()
     layers = make_layers(freed, a=3)
     freed.Free()
-    with pytest.raises(ValueError, match="it was freed"):
+    with pytest.raises(CommitError, match="it was freed"):
         commit(layers)
+
+
+@body
+def torch_distributed_starts_and_all_ranks_meet(comm: MPI.Intracomm) -> None:
+    everyone = comm.size == MPI.COMM_WORLD.size
+    here = mpi.init_process_group(None if everyone else comm, backend="gloo", timeout=60)
+    expected = MPI.COMM_WORLD.rank if everyone else comm.rank
+    assert here == mpi.MPIRank(expected, comm.size, expected, comm.size)  # all ranks are on this machine
+    total = torch.tensor(here.rank)
+    dist.all_reduce(total)
+    assert (dist.get_rank(), total) == (expected, sum(range(comm.size)))
+    dist.destroy_process_group()
+
+
+@body
+def a_taken_port_is_named_on_every_rank(comm: MPI.Intracomm) -> None:
+    with pytest.MonkeyPatch.context() as patch, socket.socket(socket.AF_INET6) as taken:
+        taken.bind(("::", 0))
+        taken.listen()
+        patch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        with pytest.raises(RuntimeError, match=r"could not be started from MPI: rank 0 on .* Unset MASTER_PORT"):
+            mpi.init_process_group(comm)
