@@ -21,6 +21,9 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With ``--dist loadgroup``, keep tests that share rank processes (by folder), or runs (by file), on one worker.
 
+    Long ones come first, as folders are sorted by name, and single unit tests last, which leaves no worker idle at the
+    end. xdist would start with what has most tests, and so end with a few that train for a minute.
+
     By a scheduler, because pytest 9.2 ignores the mark ``xdist_group`` (pytest-dev/pytest-xdist#1386).
     """
     if config.getvalue("dist") != "loadgroup":
@@ -31,8 +34,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             if "tests/distributed/" in nodeid:
                 return "tests/distributed/"
-            if any(folder in nodeid for folder in ("tests/docs/", "tests/launch/", "tests/mpi/")):
+            if any(folder in nodeid for folder in ("tests/docs/", "tests/launch/", "tests/mpi/", "tests/packages/")):
                 return nodeid.split("::")[0]
             return super()._split_scope(nodeid)
 
+    config.option.loadscopereorder = False
     return ByWhatTheyShare(config, log)

@@ -1,4 +1,4 @@
-"""Run every body on groups of one to four of this job's four ranks; stories go to a folder: rank -> {size: {body: story}}.
+"""Run every body on groups of one to four of this job's ranks; each leaves {size: {body: story}} in a folder.
 
 A job takes seconds to start and a body milliseconds, so one job serves all sizes. The groups of one partition work side
 by side, and ranks in a group are other ones than in the job.
