@@ -1,7 +1,8 @@
-"""What all tests share: which worker runs them."""
+"""What all tests share: which worker runs them, and the random numbers that they draw."""
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import pytest
@@ -15,6 +16,12 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     """Without pytest-timeout, as in `make test-fast`, its setting in pyproject.toml is known and does nothing."""
     if not pluginmanager.hasplugin("timeout"):
         parser.addini("timeout", "seconds for each test, where pytest-timeout is installed")
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    """A test draws the same numbers on any worker, after any other test; each test draws its own."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
 @pytest.hookimpl(optionalhook=True)  # the hook is there only with xdist

@@ -171,7 +171,6 @@ def a_single_value_is_refused_on_every_rank(comm: MPI.Intracomm) -> None:
 
 @body
 def lockstep_equals_the_large_batch(comm: MPI.Intracomm) -> None:
-    torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3), nn.BatchNorm1d(3)).double()
     model = convert_sync_accum(copy.deepcopy(plain), comm)
     micro_batches = [torch.randn(n + comm.rank, 4, dtype=torch.float64) for n in (2, 3)]

@@ -349,9 +349,9 @@ def test_bad_arguments_are_refused_at_construction(arguments: dict[str, object],
 
 
 BAD_INPUTS = [
-    (torch.randn(4), "expected 2D to 5D input \\(got 1D input\\)"),
-    (torch.randn(1, 4, 1, 1, 1, 1), "got 6D input"),
-    (torch.randn(2, 5), r"expected 4 channels in dimension 1, got input size \(2, 5\)"),
+    (torch.ones(4), "expected 2D to 5D input \\(got 1D input\\)"),
+    (torch.ones(1, 4, 1, 1, 1, 1), "got 6D input"),
+    (torch.ones(2, 5), r"expected 4 channels in dimension 1, got input size \(2, 5\)"),
     (torch.ones(2, 4, dtype=torch.int64), "expected a floating-point input, got torch.int64"),
 ]
 
