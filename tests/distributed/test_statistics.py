@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from syncaccum import SyncAccumBatchNorm, commit, convert_sync_accum
-from tests.distributed.oracle import as_columns, assert_same_on_all_ranks, gather_global_batch, make_reference
+from tests.oracle import as_columns, assert_same_on_all_ranks, gather_global_batch, make_reference
 from tests.ranks import Rank, on_ranks, open_ranks
 
 Shape = tuple[int, ...]  # of a micro-batch, without the channels: N, then the spatial sizes

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncaccum import commit_on_step, convert_sync_accum
-from tests.distributed.oracle import Oracle, assert_same_on_all_ranks
+from tests.oracle import Oracle, assert_same_on_all_ranks
 from tests.ranks import Rank, on_ranks
 
 

@@ -26,7 +26,7 @@ from syncaccum import (
     lockstep,
 )
 from syncaccum.integrations import mpi
-from tests.distributed.oracle import assert_unchanged, take_snapshot
+from tests.oracle import assert_unchanged, gather_global_batch, take_snapshot
 
 Body = Callable[[MPI.Intracomm], None]
 BODIES: list[Body] = []
@@ -59,11 +59,6 @@ def draw(comm: MPI.Comm, step: int, width: int, dtype: torch.dtype = torch.float
     return [3 * torch.randn(n, width, 4, generator=generator, dtype=dtype) + 1 for n in sizes]
 
 
-def concatenate(comm: MPI.Comm, micro_batches: list[Tensor], width: int) -> Tensor:
-    ours = torch.cat([torch.empty(0, width, 4, dtype=torch.float64), *micro_batches])
-    return torch.cat(comm.allgather(ours))
-
-
 def feed(comm: MPI.Comm, layers: nn.ModuleDict, step: int) -> None:
     for layer in layers.values():
         for x in draw(comm, step, layer.num_features):
@@ -79,7 +74,7 @@ def statistics_are_those_of_the_global_batch(comm: MPI.Intracomm) -> None:
             micro_batches = draw(comm, step, layer.num_features)
             for x in micro_batches:
                 layer(x)
-            references[name](concatenate(comm, micro_batches, layer.num_features))
+            references[name](gather_global_batch([torch.empty(0, layer.num_features), *micro_batches], comm))
         assert commit(layers, timeout=60.0 if step == 1 else None).ranks == comm.size
         for name, layer in layers.items():
             torch.testing.assert_close(dict(layer.named_buffers()), dict(references[name].named_buffers()))
@@ -94,7 +89,7 @@ def statistics_in_float32_lose_nothing_on_the_way(comm: MPI.Intracomm) -> None:
     for x in micro_batches:
         layers["a"](x)
     commit(layers)
-    reference(concatenate(comm, [x.double() for x in micro_batches], 3))
+    reference(gather_global_batch([torch.empty(0, 3), *micro_batches], comm))
     # The default tolerance of float32: running statistics are stored in it.
     torch.testing.assert_close(layers["a"].running_var, reference.running_var.float())
 
@@ -129,7 +124,7 @@ def communicators_commit_apart(comm: MPI.Intracomm) -> None:
     x = torch.randn(3, 3, 4, generator=torch.Generator().manual_seed(comm.rank), dtype=torch.float64)
     for name, group in (("a", own), ("everyone", comm)):
         layers[name](x)
-        references[name](concatenate(group, [x], 3))
+        references[name](gather_global_batch([x], group))
     assert commit(layers).ranks == comm.size
     for name, layer in layers.items():
         torch.testing.assert_close(dict(layer.named_buffers()), dict(references[name].named_buffers()))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from syncaccum import AccumulateBatchNorm, SyncAccumBatchNorm, commit, convert_sync_accum, discard
-from tests.unit.oracle import BATCH_NORMS, assert_same_statistics, reference, trained_layer
+from tests.oracle import BATCH_NORMS, assert_same_statistics, reference, trained_layer
 
 POLICIES = ["renorm", "batch", "running"]
 
