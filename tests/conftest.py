@@ -1,7 +1,8 @@
-"""What all tests share: which worker runs them."""
+"""What all tests share: which worker runs them, and the random numbers that they draw."""
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import pytest
@@ -17,9 +18,18 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         parser.addini("timeout", "seconds for each test, where pytest-timeout is installed")
 
 
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    """A test draws the same numbers on any worker, after any other test; each test draws its own."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
 @pytest.hookimpl(optionalhook=True)  # the hook is there only with xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With ``--dist loadgroup``, keep tests that share rank processes (by folder), or runs (by file), on one worker.
+
+    Long ones come first, as folders are sorted by name, and single unit tests last, which leaves no worker idle at the
+    end. xdist would start with what has most tests, and so end with a few that train for a minute.
 
     By a scheduler, because pytest 9.2 ignores the mark ``xdist_group`` (pytest-dev/pytest-xdist#1386).
     """
@@ -31,8 +41,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             if "tests/distributed/" in nodeid:
                 return "tests/distributed/"
-            if any(f"tests/{folder}/" in nodeid for folder in ("benchmarks", "docs", "launch", "mpi")):
+            if any(f"tests/{folder}/" in nodeid for folder in ("benchmarks", "docs", "launch", "mpi", "packages")):
                 return nodeid.split("::")[0]
             return super()._split_scope(nodeid)
 
+    config.option.loadscopereorder = False
     return ByWhatTheyShare(config, log)

@@ -256,7 +256,7 @@ def _answer(module: str, name: str, args: tuple[Any, ...]) -> bytes:
 
 
 def _join_group(rank: Rank, timeout: float) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # the same on every rank
     dist.init_process_group(
         "gloo",
         init_method=f"file://{rank.folder}/rendezvous",

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncaccum import commit, convert_sync_accum
 
+torch.manual_seed(0)
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 model = convert_sync_accum(torch.nn.BatchNorm1d(3))
 ddp = DistributedDataParallel(model)

@@ -15,7 +15,7 @@ from syncaccum import (
     commit,
     discard,
 )
-from tests.distributed.oracle import (
+from tests.oracle import (
     assert_committed_after,
     assert_unchanged,
     feed_layers,

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncaccum import SyncAccumBatchNorm, commit, convert_sync_accum
-from tests.distributed.oracle import feed_layers, make_layers
+from tests.oracle import feed_layers, make_layers
 from tests.ranks import Rank, on_ranks
 
 ONE = {"gloo:all_reduce": 1}

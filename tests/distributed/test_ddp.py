@@ -18,10 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from syncaccum import commit, convert_sync_accum
-from tests.distributed.oracle import (
+from tests.oracle import (
     Oracle,
     assert_same_on_all_ranks,
-    assert_statistics_equal,
+    assert_same_statistics,
     gather_global_batch,
     make_reference,
 )
@@ -188,7 +188,7 @@ def test_commit_sees_through_ddp_and_compile(rank: Rank, compile_outside: bool, 
         assert commit(model).layers == ("1", "4", "7")
         with torch.no_grad():
             reference(gather_global_batch([convolution(x) for x in window]))
-        assert_statistics_equal(first, reference)
+        assert_same_statistics(first, reference)
 
 
 def test_destroying_the_process_group_ends_its_threads() -> None:

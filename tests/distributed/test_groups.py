@@ -15,9 +15,9 @@ from syncaccum import (
     convert_sync_accum,
     revert_sync_accum,
 )
-from tests.distributed.oracle import (
+from tests.oracle import (
     assert_committed,
-    assert_statistics_equal,
+    assert_same_statistics,
     assert_unchanged,
     feed_layers,
     gather_global_batch,
@@ -82,7 +82,7 @@ def test_layers_of_one_model_may_have_different_groups(rank: Rank) -> None:
     }
     for name, layer in layers.items():
         references[name](gather_global_batch(fed[name], groups[name]))
-        assert_statistics_equal(layer, references[name])
+        assert_same_statistics(layer, references[name])
 
 
 @on_ranks(3)

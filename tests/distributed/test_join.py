@@ -24,7 +24,7 @@ from syncaccum import (
     lockstep,
 )
 from syncaccum.errors import NoLayersError
-from tests.distributed.oracle import (
+from tests.oracle import (
     Oracle,
     as_columns,
     assert_same_on_all_ranks,

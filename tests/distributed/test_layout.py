@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from syncaccum import LayoutMismatchError, SyncAccumBatchNorm, commit
-from tests.distributed.oracle import (
+from tests.oracle import (
     assert_committed_after,
     assert_unchanged,
     feed_layers,

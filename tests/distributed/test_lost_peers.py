@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncaccum import CommitError, LayoutMismatchError, SyncAccumBatchNorm, commit, commit_on_step
-from tests.distributed.oracle import (
+from tests.oracle import (
     assert_unchanged,
     feed_layers,
     make_layers,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from syncaccum import SyncAccumBatchNorm, commit, convert_sync_accum
-from tests.distributed.oracle import as_columns, assert_same_on_all_ranks, gather_global_batch, make_reference
+from tests.oracle import as_columns, assert_same_on_all_ranks, gather_global_batch, make_reference
 from tests.ranks import Rank, on_ranks, open_ranks
 
 Shape = tuple[int, ...]  # of a micro-batch, without the channels: N, then the spatial sizes
@@ -34,6 +34,7 @@ class Case:
     mean_over_std: float
     std: float
     windows: tuple[Window, ...]
+    seed: int
 
 
 @st.composite
@@ -51,6 +52,7 @@ def cases(draw: st.DrawFn, ranks: int) -> Case:
         mean_over_std=draw(st.sampled_from(sorted(TOLERANCE)), label="mean/std"),
         std=draw(st.sampled_from([1e-3, 1.0, 1e3]), label="std"),
         windows=tuple(draw(st.lists(window, min_size=1, max_size=3), label="windows")),
+        seed=draw(st.integers(0, 2**32 - 1), label="seed"),
     )
 
 
@@ -63,7 +65,7 @@ def make_global_batch(case: Case, window_index: int) -> Tensor:
     count = count_values(case.windows[window_index])
     if count == 0:
         return torch.empty(0, case.channels, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(window_index)
+    generator = torch.Generator().manual_seed(case.seed + window_index)
     x = torch.randn(count, case.channels, generator=generator, dtype=torch.float64)
     x = (x - x.mean(0)) / x.std(0, correction=0)
     return (x + case.mean_over_std) * case.std

@@ -24,7 +24,7 @@ from syncaccum import (
     join,
 )
 from syncaccum.errors import TooFewValuesError
-from tests.distributed.oracle import Oracle, assert_same_on_all_ranks
+from tests.oracle import Oracle, assert_same_on_all_ranks
 from tests.ranks import Rank, on_ranks
 
 

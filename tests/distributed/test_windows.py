@@ -21,10 +21,10 @@ from syncaccum import (
     load_window_state_dict,
     window_state_dict,
 )
-from tests.distributed.oracle import (
+from tests.oracle import (
     as_columns,
     assert_committed,
-    assert_statistics_equal,
+    assert_same_statistics,
     assert_unchanged,
     feed_layers,
     gather_global_batch,
@@ -181,7 +181,7 @@ def test_a_gathered_state_holds_what_the_groups_of_its_rank_saw(rank: Rank) -> N
     commit(resumed)
     for name, members in (("everyone", None), ("group", group)):
         references[name](gather_global_batch(fed[name], members))
-        assert_statistics_equal(resumed[name], references[name])
+        assert_same_statistics(resumed[name], references[name])
 
 
 @on_ranks(2)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
+import socket
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor, nn
 
 from syncaccum import (
+    CommitError,
     LayoutMismatchError,
     LockstepError,
     NonFiniteStatisticsError,
@@ -22,7 +25,8 @@ from syncaccum import (
     convert_sync_accum,
     lockstep,
 )
-from tests.distributed.oracle import assert_unchanged, take_snapshot
+from syncaccum.integrations import mpi
+from tests.oracle import assert_unchanged, gather_global_batch, take_snapshot
 
 Body = Callable[[MPI.Intracomm], None]
 BODIES: list[Body] = []
@@ -55,11 +59,6 @@ def draw(comm: MPI.Comm, step: int, width: int, dtype: torch.dtype = torch.float
     return [3 * torch.randn(n, width, 4, generator=generator, dtype=dtype) + 1 for n in sizes]
 
 
-def concatenate(comm: MPI.Comm, micro_batches: list[Tensor], width: int) -> Tensor:
-    ours = torch.cat([torch.empty(0, width, 4, dtype=torch.float64), *micro_batches])
-    return torch.cat(comm.allgather(ours))
-
-
 def feed(comm: MPI.Comm, layers: nn.ModuleDict, step: int) -> None:
     for layer in layers.values():
         for x in draw(comm, step, layer.num_features):
@@ -75,7 +74,7 @@ def statistics_are_those_of_the_global_batch(comm: MPI.Intracomm) -> None:
             micro_batches = draw(comm, step, layer.num_features)
             for x in micro_batches:
                 layer(x)
-            references[name](concatenate(comm, micro_batches, layer.num_features))
+            references[name](gather_global_batch([torch.empty(0, layer.num_features), *micro_batches], comm))
         assert commit(layers, timeout=60.0 if step == 1 else None).ranks == comm.size
         for name, layer in layers.items():
             torch.testing.assert_close(dict(layer.named_buffers()), dict(references[name].named_buffers()))
@@ -90,7 +89,7 @@ def statistics_in_float32_lose_nothing_on_the_way(comm: MPI.Intracomm) -> None:
     for x in micro_batches:
         layers["a"](x)
     commit(layers)
-    reference(concatenate(comm, [x.double() for x in micro_batches], 3))
+    reference(gather_global_batch([torch.empty(0, 3), *micro_batches], comm))
     # The default tolerance of float32: running statistics are stored in it.
     torch.testing.assert_close(layers["a"].running_var, reference.running_var.float())
 
@@ -125,7 +124,7 @@ def communicators_commit_apart(comm: MPI.Intracomm) -> None:
     x = torch.randn(3, 3, 4, generator=torch.Generator().manual_seed(comm.rank), dtype=torch.float64)
     for name, group in (("a", own), ("everyone", comm)):
         layers[name](x)
-        references[name](concatenate(group, [x], 3))
+        references[name](gather_global_batch([x], group))
     assert commit(layers).ranks == comm.size
     for name, layer in layers.items():
         torch.testing.assert_close(dict(layer.named_buffers()), dict(references[name].named_buffers()))
@@ -167,7 +166,6 @@ def a_single_value_is_refused_on_every_rank(comm: MPI.Intracomm) -> None:
 
 @body
 def lockstep_equals_the_large_batch(comm: MPI.Intracomm) -> None:
-    torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3), nn.BatchNorm1d(3)).double()
     model = convert_sync_accum(copy.deepcopy(plain), comm)
     micro_batches = [torch.randn(n + comm.rank, 4, dtype=torch.float64) for n in (2, 3)]
@@ -217,5 +215,27 @@ def communicators_that_cannot_be_are_refused(comm: MPI.Intracomm) -> None:
     freed = comm.Dup()
     layers = make_layers(freed, a=3)
     freed.Free()
-    with pytest.raises(ValueError, match="it was freed"):
+    with pytest.raises(CommitError, match="it was freed"):
         commit(layers)
+
+
+@body
+def torch_distributed_starts_and_all_ranks_meet(comm: MPI.Intracomm) -> None:
+    everyone = comm.size == MPI.COMM_WORLD.size
+    here = mpi.init_process_group(None if everyone else comm, backend="gloo", timeout=60)
+    expected = MPI.COMM_WORLD.rank if everyone else comm.rank
+    assert here == mpi.MPIRank(expected, comm.size, expected, comm.size)  # all ranks are on this machine
+    total = torch.tensor(here.rank)
+    dist.all_reduce(total)
+    assert (dist.get_rank(), total) == (expected, sum(range(comm.size)))
+    dist.destroy_process_group()
+
+
+@body
+def a_taken_port_is_named_on_every_rank(comm: MPI.Intracomm) -> None:
+    with pytest.MonkeyPatch.context() as patch, socket.socket(socket.AF_INET6) as taken:
+        taken.bind(("::", 0))
+        taken.listen()
+        patch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        with pytest.raises(RuntimeError, match=r"could not be started from MPI: rank 0 on .* Unset MASTER_PORT"):
+            mpi.init_process_group(comm)

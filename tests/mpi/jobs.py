@@ -10,7 +10,9 @@ from pathlib import Path
 from tests.launch import jobs
 
 IMPLEMENTATIONS = ("openmpi", "mpich")
-RANKS = (1, 2, 3, 4)
+JOB_SIZE = 4
+PARTITIONS = ((1, 3), (2, 2), (4,))
+"""Of a job's ranks into groups that try out the bodies: every size from one to four."""
 
 
 def find_programs(implementation: str) -> Path:

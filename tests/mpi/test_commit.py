@@ -14,18 +14,20 @@ from tests.mpi.bodies import BODIES
 
 
 @functools.cache
-def run_bodies(implementation: str, ranks: int) -> tuple[list[dict[str, str]], str]:
-    """Each rank's stories, and what the job printed; one job for all bodies, which take milliseconds."""
+def run_bodies(implementation: str) -> tuple[list[dict[str, dict[str, str]]], str]:
+    """Each rank's stories by size of group and body, and what the job printed."""
     with tempfile.TemporaryDirectory() as folder:
-        finished = jobs.run(implementation, ranks, "-m", "tests.mpi.run_bodies", folder)
-        files = [Path(folder) / f"{rank}.json" for rank in range(ranks)]
+        finished = jobs.run(implementation, jobs.JOB_SIZE, "-m", "tests.mpi.run_bodies", folder)
+        files = [Path(folder) / f"{rank}.json" for rank in range(jobs.JOB_SIZE)]
         return [json.loads(f.read_text()) if f.exists() else {} for f in files], finished.stdout
 
 
 @pytest.mark.parametrize("name", [body.__name__ for body in BODIES])
-@pytest.mark.parametrize("ranks", jobs.RANKS)
+@pytest.mark.parametrize("partition", jobs.PARTITIONS, ids=str)
 @pytest.mark.parametrize("implementation", jobs.IMPLEMENTATIONS)
-def test_over_mpi(implementation: str, ranks: int, name: str) -> None:
-    by_rank, printed = run_bodies(implementation, ranks)
-    for rank, stories in enumerate(by_rank):
-        assert stories.get(name, "was not run") == "", f"rank {rank}: {stories.get(name, printed)}"
+def test_over_mpi(implementation: str, partition: tuple[int, ...], name: str) -> None:
+    by_rank, printed = run_bodies(implementation)
+    sizes = [size for size in partition for _ in range(size)]
+    for rank, (size, stories) in enumerate(zip(sizes, by_rank, strict=True)):
+        story = stories.get(str(size), {}).get(name, "was not run")
+        assert story == "", f"rank {rank} of the job: {story}\n{printed}"

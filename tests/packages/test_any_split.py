@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from syncaccum import SyncAccumBatchNorm
-from tests.unit.oracle import assert_same_statistics, concatenate, reference
+from tests.oracle import assert_same_statistics, concatenate, reference
 
 windows = st.lists(
     st.lists(st.tuples(st.integers(0, 4), st.lists(st.integers(1, 5), min_size=3, max_size=3)), min_size=1, max_size=4),

@@ -15,11 +15,6 @@ from tests.networks import NETWORKS, Network, assert_same_buffers, assert_same_g
 EMPTY = [name for name, network in NETWORKS.items() if network.takes_empty]
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def check_against_the_whole_batch(network: Network, sizes: tuple[int, ...]) -> None:
     """Two windows, so that the second begins with statistics of the first."""
     model, reference = network.pair()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from syncaccum import AccumulateBatchNorm, SyncAccumBatchNorm, commit, convert_sync_accum, discard
-from tests.unit.oracle import BATCH_NORMS, assert_same_statistics, reference, trained_layer
+from tests.oracle import BATCH_NORMS, assert_same_statistics, reference, trained_layer
 
 POLICIES = ["renorm", "batch", "running"]
 
@@ -346,9 +346,9 @@ def test_bad_arguments_are_refused_at_construction(arguments: dict[str, object],
 
 
 BAD_INPUTS = [
-    (torch.randn(4), "expected 2D to 5D input \\(got 1D input\\)"),
-    (torch.randn(1, 4, 1, 1, 1, 1), "got 6D input"),
-    (torch.randn(2, 5), r"expected 4 channels in dimension 1, got input size \(2, 5\)"),
+    (torch.ones(4), "expected 2D to 5D input \\(got 1D input\\)"),
+    (torch.ones(1, 4, 1, 1, 1, 1), "got 6D input"),
+    (torch.ones(2, 5), r"expected 4 channels in dimension 1, got input size \(2, 5\)"),
     (torch.ones(2, 4, dtype=torch.int64), "expected a floating-point input, got torch.int64"),
 ]
 

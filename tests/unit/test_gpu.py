@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from syncaccum import SyncAccumBatchNorm, commit, convert_sync_accum, lockstep
-from tests.unit.oracle import assert_same_statistics, reference
+from tests.oracle import assert_same_statistics, reference
 
 pytestmark = [
     pytest.mark.gpu,

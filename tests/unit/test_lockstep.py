@@ -22,6 +22,7 @@ from syncaccum import (
     convert_sync_accum,
     lockstep,
 )
+from tests.oracle import concatenate
 from tests.unit.test_convert import BatchNormAct2d
 
 
@@ -108,8 +109,8 @@ def test_micro_batches_of_different_spatial_shape() -> None:
     layer, reference = convert_sync_accum(nn.BatchNorm2d(2).double()), nn.BatchNorm1d(2).double()
     parts = [torch.randn(n, 2, h, 3).double() for n, h in ((2, 5), (3, 1))]
     outputs = lockstep(layer, layer, parts)
-    expected = reference(torch.cat([p.movedim(1, -1).reshape(-1, 2) for p in parts]))
-    torch.testing.assert_close(torch.cat([o.movedim(1, -1).reshape(-1, 2) for o in outputs]), expected)
+    expected = reference(concatenate(parts))
+    torch.testing.assert_close(concatenate(outputs), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from syncaccum import Moments
+from tests.oracle import concatenate
 
 
 def test_moments_of_parts_add_up_to_moments_of_the_whole() -> None:
     parts = [torch.randn(n, 3, length, dtype=torch.float64) for n, length in ((2, 5), (0, 4), (7, 1))]
-    whole = torch.cat([p.movedim(1, -1).reshape(-1, 3) for p in parts])
+    whole = concatenate(parts)
     summed = Moments.zeros(3)
     for part in parts:
         summed = summed + Moments.of(part)

@@ -13,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from syncaccum.layer.measure import measure
 from syncaccum.layer.passes import normalize
 from syncaccum.layer.policies import Batch, Normalizer, Policy, Renorm, Running
+from tests.oracle import as_columns
 
 C = 3
 SHAPES = [(5, C), (4, C, 6), (3, C, 4, 5), (2, C, 2, 3, 2), (1, C, 7), (2, C, 1, 1), (1, C)]
@@ -143,7 +144,7 @@ def test_float32_variance_survives_a_large_mean(
     """torchgpipe's raw float32 sums give a variance of -8 at 1e4; recombined float32 means are off by 2e-5."""
     x = order(torch.randn(shape, generator=torch.Generator().manual_seed(0)) + ratio)
     measured = measure(x)
-    columns = x.double().movedim(1, -1).reshape(-1, C)
+    columns = as_columns(x)
     # Rounding of float32 sums of up to 4,096 squares (1e-6), and of unshifted rows, 16 times 1e-7.
     torch.testing.assert_close(measured.variance, columns.var(0, correction=0), rtol=4e-6, atol=0)
     # In standard deviations: a float32 mean would be off by up to 1e-3 at 1e4.

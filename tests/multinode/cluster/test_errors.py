@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from syncaccum import LayoutMismatchError, NonFiniteStatisticsError, SyncAccumBatchNorm, commit, discard
-from tests.distributed.oracle import (
+from tests.oracle import (
     assert_committed_after,
     assert_unchanged,
     feed_layers,

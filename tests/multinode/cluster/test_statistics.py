@@ -6,7 +6,7 @@ import torch
 
 from launch.models import build_model
 from syncaccum import commit, convert_sync_accum
-from tests.distributed.oracle import (
+from tests.oracle import (
     Oracle,
     assert_committed,
     assert_same_on_all_ranks,

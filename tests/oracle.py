@@ -1,9 +1,12 @@
-"""The oracle, nn.BatchNorm on torch.cat of what all ranks saw, and what the tests of this folder feed and compare."""
+"""The oracle of all tests: nn.BatchNorm on torch.cat of what all ranks saw, in float64; and what goes with it.
+
+First what statistics must be, then one that watches a model, then layers to feed and states to compare.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,19 +18,42 @@ from tests.ranks import Rank
 
 Snapshot = dict[str, Tensor]
 
+BATCH_NORMS: dict[int, type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
+    2: nn.BatchNorm1d,
+    3: nn.BatchNorm1d,
+    4: nn.BatchNorm2d,
+    5: nn.BatchNorm3d,
+}
+"""By the input's number of dimensions."""
+
 
 def as_columns(micro_batch: Tensor) -> Tensor:
-    """(N, C, *) as (N * spatial, C) in float64: micro-batches of any spatial size can then be concatenated."""
+    """(N, C, *) as (N * spatial, C) in float64, constants to autograd: BatchNorm sees no difference."""
     columns = micro_batch.detach().movedim(1, -1).reshape(-1, micro_batch.shape[1])
     return columns.to(torch.float64)
 
 
+def concatenate(micro_batches: Iterable[Tensor]) -> Tensor:
+    """torch.cat of micro-batches of any spatial sizes, as columns."""
+    return torch.cat([as_columns(x) for x in micro_batches])
+
+
 def gather_global_batch(micro_batches: Sequence[Tensor], group: Any = None) -> Tensor:
-    """torch.cat of these micro-batches of all ranks, as columns. Collective."""
-    ours = torch.cat([as_columns(x) for x in micro_batches])
+    """torch.cat of these micro-batches of all ranks of a process group or an mpi4py communicator. Collective."""
+    ours = concatenate(micro_batches)
+    if not isinstance(group, dist.ProcessGroup | None):
+        return torch.cat(group.allgather(ours))
     by_rank: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(by_rank, ours, group=group)
     return torch.cat(by_rank)
+
+
+def reference(windows: Iterable[Iterable[Tensor]], channels: int, momentum: float | None = 0.1) -> nn.BatchNorm1d:
+    """A plain BatchNorm after one training forward for each window."""
+    layer = nn.BatchNorm1d(channels, momentum=momentum).double()
+    for window in windows:
+        layer(concatenate(window))
+    return layer
 
 
 def make_reference(layer: SyncAccumBatchNorm) -> nn.BatchNorm1d:
@@ -37,8 +63,17 @@ def make_reference(layer: SyncAccumBatchNorm) -> nn.BatchNorm1d:
     return reference
 
 
-def assert_statistics_equal(layer: SyncAccumBatchNorm, reference: nn.BatchNorm1d) -> None:
-    torch.testing.assert_close(dict(layer.named_buffers()), dict(reference.named_buffers()), check_dtype=False)
+def assert_same_statistics(
+    layer: nn.Module, expected: nn.Module, rtol: float | None = None, atol: float | None = None
+) -> None:
+    """Both in float64; by default within torch's tolerance of that."""
+    if rtol is not None and atol is None:
+        atol = 0.0
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        actual, wanted = layer.get_buffer(name), expected.get_buffer(name)
+        if wanted.is_floating_point():
+            actual = actual.double()
+        torch.testing.assert_close(actual, wanted, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 class Oracle:
@@ -70,7 +105,7 @@ class Oracle:
         assert self._layers
         for name, layer in self._layers.items():
             self._references[name](gather_global_batch(self._seen.pop(name)))
-            assert_statistics_equal(layer, self._references[name])
+            assert_same_statistics(layer, self._references[name])
 
 
 def assert_same_on_all_ranks(tensors: Sequence[Tensor]) -> None:
@@ -79,6 +114,17 @@ def assert_same_on_all_ranks(tensors: Sequence[Tensor]) -> None:
     dist.all_gather_object(by_rank, list(tensors))
     for theirs in by_rank:
         assert all(torch.equal(a, b) for a, b in zip(tensors, theirs, strict=True))
+
+
+def trained_layer(channels: int, normalization: str = "renorm", **kwargs: Any) -> SyncAccumBatchNorm:
+    """A float64 layer with random parameters and statistics that one window was committed to."""
+    layer = SyncAccumBatchNorm(channels, normalization=normalization, **kwargs).double()
+    if layer.affine:
+        nn.init.normal_(layer.weight)
+        nn.init.normal_(layer.bias)
+    layer(torch.randn(50, channels, dtype=torch.float64) * 2 + 1)
+    layer.update_stats()
+    return layer
 
 
 def make_layers(**widths: int) -> nn.ModuleDict:
@@ -108,7 +154,7 @@ def assert_committed(
     """Each layer took up what all ranks fed it, and its window is empty. Collective."""
     for name, layer in layers.items():
         references[name](gather_global_batch(fed[name], group))
-        assert_statistics_equal(layer, references[name])
+        assert_same_statistics(layer, references[name])
         assert layer.window.count == 0
 
 
