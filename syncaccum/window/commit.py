@@ -228,7 +228,7 @@ def _judge_rounded(layout: Layout, members: Sequence[NamedLayer], current: Seque
     They come from reduced values and from running statistics, which are equal on all ranks: so all decide alike.
     """
     # NaN and Inf survive a sum, which is the fastest look.
-    if math.isfinite(rounded.sum(dtype=torch.float64).item()):
+    if math.isfinite(rounded.sum(dtype=torch.promote_types(rounded.dtype, torch.float32)).item()):
         return
     after = _find_non_finite(members, torch.split(rounded, list(layout.widths * 2)))
     if spoilt := [name for name in _find_non_finite(members, current) if name in after]:
