@@ -12,7 +12,7 @@ class LayoutMismatchError(CommitError):
 
 
 class NonFiniteStatisticsError(CommitError):
-    """NaN or Inf in some rank's window; the window is kept until ``discard``."""
+    """NaN or Inf in some rank's window, or in what statistics would become; the window is kept until ``discard``."""
 
     where: str = ""
     """Which layers on which ranks, for people to read."""

@@ -1,11 +1,11 @@
-"""Every private name of torch that this package needs: one function each, and a test that guards its meaning.
+"""Every private name of torch that this package needs: one name each, and a test that guards its meaning.
 
 torch may change these without a word. Then one test of ``tests/unit/test_torch_private.py`` fails and names it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -67,19 +67,21 @@ def submodules_of(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
-def copy_all(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy each value into its tensor, all in one call."""
-    torch._foreach_copy_(list(into), list(values))
+# torch's own functions, not ours around them: no signal handler may run between their calls (window/uninterrupted).
+copy_all = torch._foreach_copy_
+"""Copy each value into its tensor, all in one call."""
+
+add_to_all = torch._foreach_add_
+"""Add a number to each tensor in place, all in one call."""
+
+zero_all = torch._foreach_zero_
+"""Fill each tensor with zeros, all in one call."""
 
 
-def add_to_all(tensors: Sequence[Tensor], number: int) -> None:
-    """Add a number to each tensor in place, all in one call."""
-    torch._foreach_add_(list(tensors), number)
-
-
-def zero_all(tensors: Sequence[Tensor]) -> None:
-    """Fill each tensor with zeros, all in one call."""
-    torch._foreach_zero_(list(tensors))
+def without_torch_function() -> AbstractContextManager[None]:
+    """Call torch's functions as they are, whatever mode is in force; ``torch.device`` as a context is one."""
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return context
 
 
 def ddp_in_forward() -> DistributedDataParallel | None:

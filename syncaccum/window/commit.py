@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Literal, NoReturn, cast, get_args
 
 import torch
@@ -20,9 +21,10 @@ from syncaccum.ranks.agreement import HEADER, Fingerprint
 from syncaccum.ranks.connect import connect, gather_texts
 from syncaccum.ranks.groups import Group
 from syncaccum.ranks.transport import Transport
-from syncaccum.torch_private import add_to_all, buffers_of, copy_all, zero_all
+from syncaccum.torch_private import add_to_all, buffers_of, copy_all
 from syncaccum.window.layers import NamedLayer, for_each_group, tracking_layers
 from syncaccum.window.layout import Layout, raise_layout_mismatch, verify_layout
+from syncaccum.window.uninterrupted import run_uninterrupted, steps_of_drop
 
 OnNonFinite = Literal["raise", "discard"]
 """What a commit does with NaN or Inf in a window."""
@@ -73,11 +75,14 @@ def commit(model: nn.Module, *, timeout: float | timedelta | None = None) -> Com
         NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
         LayoutMismatchError: layers differ between ranks in number, order, name, width, dtype, eps or momentum,
             or, when ranks meet in a new group, in the number of batches they have tracked.
-        NonFiniteStatisticsError: NaN or Inf in some rank's window.
+        NonFiniteStatisticsError: NaN or Inf in some rank's window, or new statistics beyond the range of their dtype
+            (float16 ends at 65,504). The latter is judged with this rank's running statistics. They are equal on all
+            ranks; where somebody changed those of one, it may raise alone, and is one commit behind.
         TooFewValuesError: one value per channel globally; a ValueError.
         CommitError: a peer is gone, stuck or did not call commit until the timeout.
 
-    After an error, running statistics are bit-unchanged and the window is as it was.
+    After an error, running statistics are bit-unchanged and the window is as it was. What a signal handler raises,
+    such as KeyboardInterrupt, leaves all layers of a group as they were, or all as they are after the commit.
     """
     return commit_layers(tracking_layers(model), to_seconds(timeout))
 
@@ -118,8 +123,7 @@ def commit_layers(
             if on_nonfinite == "raise":
                 raise
             # All ranks of the group have this error and do the same.
-            for _, layer in members:
-                layer._accumulation.drop()
+            run_uninterrupted(steps_of_drop([layer._accumulation for _, layer in members]))
             discarded.append(error.where)
             counts = [0] * len(members)
         values.update((name, n) for (name, layer), n in zip(members, counts, strict=True) if _is_ours(layer, n))
@@ -148,13 +152,13 @@ def _is_ours(layer: Accumulating, count: int) -> bool:
     return count > 0 or not layer._accumulation.normalises_itself
 
 
-@torch.no_grad()
 def _commit_group(group: Group, transport: Transport, members: Sequence[NamedLayer]) -> list[int]:
+    # Without no_grad, which a signal may leave in force. Nothing here requires gradients.
     layout, message_size = verify_layout(group, transport, members)
     windows = [layer._accumulation.window for _, layer in members]
     reduced = reduce_windows(transport, layout.fingerprint, message_size, windows)
     counts = _judge(group, transport, layout, members, reduced)
-    seen = [layer for (_, layer), count in zip(members, counts, strict=True) if count > 0]
+    seen = [member for member, count in zip(members, counts, strict=True) if count > 0]
     if len(seen) == len(members):
         _apply(layout, seen, reduced)
     elif seen:
@@ -221,7 +225,7 @@ def _raise_non_finite(transport: Transport, members: Sequence[NamedLayer]) -> No
     raise error
 
 
-def _apply_to_some(layout: Layout, counts: Sequence[int], seen: Sequence[Accumulating], reduced: Tensor) -> None:
+def _apply_to_some(layout: Layout, counts: Sequence[int], seen: Sequence[NamedLayer], reduced: Tensor) -> None:
     """Apply, leaving out the layers that no rank has seen data for."""
     header, *sums = torch.split(reduced, layout.sizes)
     kept = [s for s, count in zip(sums, counts, strict=True) if count > 0]
@@ -229,8 +233,8 @@ def _apply_to_some(layout: Layout, counts: Sequence[int], seen: Sequence[Accumul
     _apply(Layout.of(key), seen, torch.cat([header, *kept]))
 
 
-def _apply(layout: Layout, layers: Sequence[Accumulating], reduced: Tensor) -> None:
-    """Fold the reduced sums into the running statistics, and start a new window.
+def _apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> None:
+    """Fold the reduced sums into the running statistics, and start a new window: all of it or, on an error, nothing.
 
     All channels of all layers at once: per-layer operations would take longer than the all-reduce.
     """
@@ -239,17 +243,63 @@ def _apply(layout: Layout, layers: Sequence[Accumulating], reduced: Tensor) -> N
     update = reduced.index_select(0, at_sums).view(2, -1).div_(n)  # mean, and mean of squares
     mean, variance = update.unbind()
     variance.addcmul_(mean, mean, value=-1).clamp_min_(0).mul_(n / (n - 1))
+    layers = [layer for _, layer in members]
     buffers = [buffers_of(layer) for layer in layers]
     current = [cast(Tensor, b[name]) for name in ("running_mean", "running_var") for b in buffers]
     old = _concatenate(current, reduced.device).to(torch.float64).view(2, -1)
     new = torch.lerp(old, update, _factors(layers, layout, reduced.device)).view(-1)
-    copy_all(current, torch.split(new, list(layout.widths * 2)))
+    rounded, stored = _round_as_stored(new, layout, current)
+    _judge_rounded(layout, members, current, rounded)
     counters = [batches for b in buffers if (batches := b["num_batches_tracked"]) is not None]
-    add_to_all(counters, 1)
-    zero_all([layer._accumulation.window for layer in layers])
-    for layer in layers:
-        layer._accumulation.close()
-        layer._accumulation.has_normalised = False
+    states = [layer._accumulation for layer in layers]
+    run_uninterrupted(
+        [
+            partial(copy_all, current, stored),
+            partial(add_to_all, counters, 1),
+            *steps_of_drop(states),
+            *(partial(setattr, state, "has_normalised", False) for state in states),
+        ]
+    )
+
+
+def _round_as_stored(new: Tensor, layout: Layout, current: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Float64 statistics as their buffers will hold them: in one piece, and one for each buffer."""
+    sizes = list(layout.widths * 2)
+    if len({buffer.dtype for buffer in current}) == 1:
+        rounded = new.to(current[0].dtype)
+        return rounded, list(torch.split(rounded, sizes))
+    pieces = [piece.to(buffer.dtype) for piece, buffer in zip(torch.split(new, sizes), current, strict=True)]
+    return torch.cat([piece.to(torch.float64) for piece in pieces]), pieces
+
+
+def _judge_rounded(layout: Layout, members: Sequence[NamedLayer], current: Sequence[Tensor], rounded: Tensor) -> None:
+    """Raise on new statistics that their dtype cannot hold.
+
+    They come from reduced values and from running statistics, which are equal on all ranks: so all decide alike.
+    """
+    # NaN and Inf survive a sum, which is the fastest look.
+    if math.isfinite(rounded.sum(dtype=torch.promote_types(rounded.dtype, torch.float32)).item()):
+        return
+    after = _find_non_finite(members, torch.split(rounded, list(layout.widths * 2)))
+    if spoilt := [name for name in _find_non_finite(members, current) if name in after]:
+        raise NonFiniteStatisticsError(
+            f"running statistics held NaN or Inf before this commit, in {', '.join(spoilt)}; nothing has changed and "
+            "the window is kept: load an earlier checkpoint, or call the layer's reset_running_stats()"
+        )
+    if after:
+        dtypes = {str(buffer.dtype).removeprefix("torch.") for buffer in current}
+        raise NonFiniteStatisticsError(
+            f"new running statistics are beyond the range of {' or '.join(sorted(dtypes))}, in {', '.join(after)}; "
+            "running statistics are unchanged and the window is kept: keep the layer's statistics in float32 "
+            "(layer.float() after model.half()) and commit again, or discard(model)"
+        )
+
+
+def _find_non_finite(members: Sequence[NamedLayer], statistics: Sequence[Tensor]) -> list[str]:
+    """Layers with NaN or Inf among their means, which come first, and variances."""
+    bad = [not bool(tensor.isfinite().all()) for tensor in statistics]
+    pairs = zip(bad[: len(members)], bad[len(members) :], strict=True)
+    return [name for (name, _), pair in zip(members, pairs, strict=True) if any(pair)]
 
 
 def _factors(layers: Sequence[Accumulating], layout: Layout, device: torch.device) -> Tensor | float:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from syncaccum.window.layers import tracking_layers
+from syncaccum.window.uninterrupted import run_uninterrupted, steps_of_drop
 
 
 def discard(model: nn.Module) -> None:
@@ -19,8 +20,7 @@ def discard(model: nn.Module) -> None:
     Raises:
         NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
     """
-    for _, layer in tracking_layers(model):
-        layer._accumulation.drop()
+    run_uninterrupted(steps_of_drop([layer._accumulation for _, layer in tracking_layers(model)]))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from syncaccum.layer.state import Accumulating
 from syncaccum.ranks.agreement import HEADER, Fingerprint
 from syncaccum.ranks.connect import connect
 from syncaccum.ranks.groups import Group, resolve_group
+from syncaccum.torch_private import copy_all
 from syncaccum.window.commit import reduce_windows
 from syncaccum.window.layers import NamedLayer, for_each_group, tracking_layers
 from syncaccum.window.layout import raise_layout_mismatch, verify_layout
@@ -32,7 +33,6 @@ def window_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {name: layer._accumulation.window.clone() for name, layer in tracking_layers(model)}
 
 
-@torch.no_grad()
 def gather_window_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The open windows of all ranks in one state, alike on every rank, for a checkpoint that any one of them writes.
 
@@ -110,8 +110,7 @@ def load_window_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> Non
     for name, layer in layers.items():
         _check_fit(name, layer, state[name])
     windows = [_take_share(layer, state[name]) for name, layer in layers.items()]
-    for layer, window in zip(layers.values(), windows, strict=True):
-        layer._accumulation.window.copy_(window)
+    copy_all([layer._accumulation.window for layer in layers.values()], [window.detach() for window in windows])
 
 
 def _check_fit(name: str, layer: Accumulating, saved: Tensor) -> None:

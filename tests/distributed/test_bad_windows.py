@@ -74,6 +74,23 @@ def test_sums_that_overflow_only_together_stop_the_commit(rank: Rank) -> None:
     assert_unchanged(layers, before)
 
 
+@pytest.mark.parametrize("bad_rank", [0, 1])
+@on_ranks(2)
+def test_statistics_beyond_their_dtype_stop_the_commit_on_all(rank: Rank, bad_rank: int) -> None:
+    layers = make_layers(a=3, b=4)
+    layers["b"].half()
+    feed_layers(layers, rank)
+    if rank.index == bad_rank:
+        layers["b"](torch.tensor([[1e5] * 4, [-1e5] * 4], dtype=torch.float64))
+    before = take_snapshot(layers)
+    for _ in range(2):
+        with pytest.raises(NonFiniteStatisticsError, match=r"beyond the range of .*float16.*, in b;"):
+            commit(layers)
+        assert_unchanged(layers, before)
+    layers["b"].float()
+    assert list(commit(layers).layers) == ["a", "b"]
+
+
 @on_ranks(2)
 def test_one_value_in_the_global_batch_is_a_value_error_on_every_rank(rank: Rank) -> None:
     layers = make_layers(a=3, b=2)

@@ -90,6 +90,63 @@ def test_a_single_value_changes_nothing_and_may_be_joined_by_more() -> None:
     assert commit(model).values == {"0": 2, "1.0": 2}
 
 
+# Beyond float16's 65,504 in the variance; in the mean; beyond float32's and bfloat16's 3.4e38; float16 by little.
+@pytest.mark.parametrize(
+    ("dtype", "scale", "offset"),
+    [
+        (torch.float16, 1e3, 0.0),
+        (torch.float16, 1.0, 1e6),
+        (torch.bfloat16, 1e20, 0.0),
+        (torch.float32, 1e20, 0.0),
+        (torch.float32, 0.0, 1e39),
+    ],
+)
+def test_statistics_that_their_dtype_cannot_hold_change_nothing(
+    dtype: torch.dtype, scale: float, offset: float
+) -> None:
+    model = small_model()
+    model[1][0].to(dtype)
+    model(torch.randn(4, 3).double())
+    commit(model)
+    model[0](torch.randn(4, 3).double())
+    model[1][0](torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).double() * scale + offset)
+    before = state(model)
+    for _ in range(2):
+        with pytest.raises(NonFiniteStatisticsError, match=r"beyond the range .*, in 1\.0; .*in float32"):
+            commit(model)
+        assert all(torch.equal(a, b) for a, b in zip(before, state(model), strict=True))
+    model[1][0].double()  # the remedy, and more: the window goes on
+    assert commit(model).values == {"0": 4, "1.0": 5}
+    assert model[1][0].running_var.isfinite().all()
+    assert model[1][0].running_mean.isfinite().all()
+
+
+def test_a_statistic_that_rounds_to_the_largest_number_is_committed() -> None:
+    layer = SyncAccumBatchNorm(1, momentum=1.0).half()
+    # A mean of 65,512 rounds to float16's last number, 65,504, and not to Inf.
+    layer(torch.tensor([[65511.0], [65513.0]]))
+    commit(layer)
+    assert (layer.running_mean.item(), layer.running_var.item()) == (65504, 2)
+
+
+def test_statistics_that_were_not_finite_before_are_said_to_be() -> None:
+    model = small_model()
+    model(torch.randn(4, 3).double())
+    model[0].running_var[1] = float("inf")
+    before = state(model)
+    with pytest.raises(NonFiniteStatisticsError, match=r"NaN or Inf before this commit, in 0; .*reset_running_stats"):
+        commit(model)
+    assert all(torch.equal(a, b) for a, b in zip(before, state(model), strict=True))
+
+
+def test_finite_statistics_whose_sum_is_not_are_committed() -> None:
+    layer = SyncAccumBatchNorm(3, normalization="batch").double()
+    layer.running_var.fill_(1e308)
+    layer(torch.randn(2, 3).double())
+    commit(layer)
+    assert (layer.running_var > 8e307).all()
+
+
 @pytest.mark.parametrize("verb", [commit, discard])
 def test_a_model_without_layers_is_told_to_convert_first(verb: object) -> None:
     with pytest.raises(NoLayersError, match=r"convert_sync_accum\(model\) first"):

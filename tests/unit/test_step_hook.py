@@ -24,7 +24,7 @@ from syncaccum import (
     discard,
 )
 from syncaccum.errors import NoLayersError, TooFewValuesError
-from tests.unit.oracle import assert_same_statistics, reference
+from tests.oracle import assert_same_statistics, reference
 from tests.unit.wrappers import (
     SAM,
     Alternating,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import types
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,18 @@ def test_many_tensors_at_once() -> None:
     assert [t.tolist() for t in tensors] == [[0, 0], [1, 1, 1], 3]
     torch_private.zero_all(tensors)
     assert not any(t.any() for t in tensors)
+    for function in (torch_private.copy_all, torch_private.add_to_all, torch_private.zero_all):
+        assert isinstance(function, types.BuiltinFunctionType)  # else signal handlers come between its bytecodes
+
+
+def test_modes_do_not_see_calls_without_torch_function() -> None:
+    mode = _FunctionMode()
+    with mode:
+        with torch_private.without_torch_function():
+            torch_private.zero_all([torch.ones(1)])
+        assert mode.calls == 0
+        torch_private.zero_all([torch.ones(1)])
+    assert mode.calls > 0
 
 
 def test_the_ddp_in_whose_forward_we_are(group: None) -> None:
