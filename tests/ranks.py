@@ -187,7 +187,7 @@ def _collect(replies: dict[int, _Reply], awaited: Collection[int], patience: flo
         if not ready:
             return
         for pipe in ready:
-            index = pipes[pipe]  # type: ignore[index]
+            index = pipes[pipe]
             try:
                 replies[index] = _processes[index].receive()
             except EOFError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -92,9 +94,9 @@ def test_a_single_value_changes_nothing_and_may_be_joined_by_more() -> None:
 
 
 @pytest.mark.parametrize("verb", [commit, discard])
-def test_a_model_without_layers_is_told_to_convert_first(verb: object) -> None:
+def test_a_model_without_layers_is_told_to_convert_first(verb: Callable[[nn.Module], object]) -> None:
     with pytest.raises(NoLayersError, match=r"convert_sync_accum\(model\) first"):
-        verb(nn.Sequential(nn.BatchNorm1d(3)))  # type: ignore[operator]
+        verb(nn.Sequential(nn.BatchNorm1d(3)))
 
 
 def test_torchs_own_conversion_is_noticed() -> None:
@@ -140,7 +142,7 @@ def test_commit_on_step_commits_each_window_once() -> None:
 class TwiceStepping(torch.optim.SGD):
     """A subclass whose step calls its parent's: torch fires the hook for both."""
 
-    def step(self, closure=None):  # type: ignore[no-untyped-def, override]
+    def step(self, closure=None):  # type: ignore[no-untyped-def]
         return super().step(closure)
 
 
@@ -159,7 +161,7 @@ class Wrapper(torch.optim.Optimizer):
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
 
-    def step(self, closure=None):  # type: ignore[no-untyped-def, override]
+    def step(self, closure=None):  # type: ignore[no-untyped-def]
         return self.optimizer.step(closure)
 
 
