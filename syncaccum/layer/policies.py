@@ -104,8 +104,8 @@ class Renorm(NamedTuple):
         mu, v = self.committed_mean, self.committed_variance
         # Share of the micro-batch in what is known of the channel.
         w: Any = count / (count + self.prior_count)
-        # Own statistics in the place of committed ones, and all weight on
-        # them: r is 1 and d is 0. `where` because a GPU holds the answer.
+        # Own statistics in the place of committed ones: r = 1, d = 0.
+        # `where`, because the answer may be on a GPU.
         if self.untrained is not None:
             mu = torch.where(self.untrained, mean.detach(), mu)
             v = torch.where(self.untrained, variance.detach(), v)

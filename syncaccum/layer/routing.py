@@ -88,7 +88,7 @@ class _Route(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # The mode is off in here: our own calls do not come back.
+        # The mode is off in here: our calls do not return.
         if func not in _ENTRANCES:
             return func(*args, **kwargs)
         call = _ENTRANCES[func](*args, **kwargs)
@@ -106,7 +106,7 @@ class _Route(TorchFunctionMode):
         buffers = buffers_of(self._layer)
         of_layer = call.running_mean is buffers["running_mean"] and call.running_var is buffers["running_var"]
         of_batch = call.running_mean is None and call.running_var is None
-        # Also for one of the two, and where it is only evaluated.
+        # Any statistics of its own count here, also in eval calls.
         self.met_own_statistics |= of_batch or any(call.running_mean is own for own in buffers.values())
         if not call.training:
             return False
@@ -165,7 +165,7 @@ class _WithoutSync(nn.SyncBatchNorm):
 def _seen_as(layer: Accumulating, source: type) -> Any:
     """The layer as its own forward must see it.
 
-    DDP insists on a GPU for every nn.SyncBatchNorm, so a converted layer is none. But the forward of a subclass may call
+    DDP insists on a GPU for every nn.SyncBatchNorm, so a converted layer is none. But a subclass's forward may call
     ``super().forward`` or ask for its class. So it gets another object, of that class, with the same attributes.
     """
     if not issubclass(source, nn.SyncBatchNorm):

@@ -20,7 +20,7 @@ class Setting:
 
     def __set__(self, layer: Any, value: Any) -> None:
         state = layer._accumulation
-        # The check takes all four, and three of them are as they were.
+        # The check takes all four; three are as they were.
         settings = {n: getattr(state, n) for n in ("normalization", "r_max", "d_max", "prior_count")}
         check_settings(**{**settings, self._name: value})
         setattr(state, self._name, value)
@@ -36,7 +36,7 @@ def check_settings(normalization: str, r_max: float = 1.5, d_max: float = 0.5, p
         raise ValueError(f"r_max must be at least 1, got {r_max}")
     if not d_max >= 0:
         raise ValueError(f"d_max must be at least 0, got {d_max}")
-    # With inf the micro-batch would have no share, and no gradient.
+    # With inf the micro-batch would have no share at all.
     if not 0 <= prior_count < math.inf:
         raise ValueError(f"prior_count must be finite and at least 0, got {prior_count}")
 
