@@ -1,4 +1,4 @@
-"""BatchNorm that sees the global batch across micro-batches and ranks."""
+"""BatchNorm that sees the global batch across micro-batches and ranks. The public names, and nothing else."""
 
 from syncaccum.errors import (
     CommitError,

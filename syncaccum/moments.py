@@ -1,4 +1,4 @@
-"""Additive float64 sums of a channel's values; pure: knows no ranks and no modules."""
+"""Moments: additive float64 sums of a channel's values. Pure: this file knows no ranks and no modules."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 
+# eq=False: tensors compare element by element, which is no bool.
+# frozen: several owners may share one.
 @dataclass(frozen=True, eq=False)
 class Moments:
     r"""Count, sum and sum of squares per channel, in float64.
@@ -18,9 +20,11 @@ class Moments:
     .. math:: n = \sum 1, \qquad S_1 = \sum x, \qquad S_2 = \sum x^2,
               \qquad m = S_1 / n, \qquad v = S_2 / n - m^2
 
-    float64 loses about ``(mean/std)^2 * 1e-16`` of the variance. Counts below 2**53 are exact.
+    S_2/n - m^2 cancels: float64 loses about ``(mean/std)^2 * 1e-16`` of the variance. Counts below 2**53 are exact.
+    Units: totals are in the unit of the values, squares in its square. No method is collective.
 
-    *Packed*, moments are one flat tensor ``[count, total, total_sq]``: a window, or a part of a message.
+    *Packed*, moments are one flat tensor ``[count, total, total_sq]`` of length 1 + 2C: a window,
+    or a part of a message.
 
     Args:
         count: values per channel; shape ``()``, float64.
@@ -57,13 +61,16 @@ class Moments:
     @classmethod
     def of(cls, values: Tensor) -> Moments:
         """The moments of a tensor whose dimension 1 is the channel; shape ``(N, C, *)``, any real dtype."""
+        # Wide before the squares: a float32 square has lost digits.
+        # Detached: no gradient flows through a window.
         columns = values.detach().movedim(1, -1).reshape(-1, values.shape[1]).to(torch.float64)
+        # On the device of the sums, so that pack() can join them.
         count = torch.tensor(float(columns.shape[0]), dtype=torch.float64, device=values.device)
         return cls(count, columns.sum(0), columns.square().sum(0))
 
     @classmethod
     def unpack(cls, flat: Tensor) -> Moments:
-        """Views into packed moments."""
+        """Moments that are views into packed ones: they change with it."""
         channels = (flat.numel() - 1) // 2
         return cls(flat[0], flat[1 : 1 + channels], flat[1 + channels :])
 
@@ -72,6 +79,7 @@ class Moments:
         return torch.cat([self.count.reshape(1), self.total, self.total_sq])
 
     def __add__(self, other: Moments) -> Moments:
+        # New tensors: somebody may hold either side.
         return Moments(self.count + other.count, self.total + other.total, self.total_sq + other.total_sq)
 
     @property
@@ -88,5 +96,6 @@ class Moments:
 
 def pack_statistics(n: int, mean: Tensor, variance: Tensor) -> Tensor:
     """Packed :class:`Moments` of n values per channel, from their float64 mean and population variance."""
+    # S1 = n m, and S2 = n (v + m^2).
     # In this order: it costs three operations, one less than pack().
     return torch.cat((mean.new_ones(1), mean, torch.addcmul(variance, mean, mean))).mul_(n)

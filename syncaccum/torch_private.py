@@ -1,6 +1,10 @@
-"""Every private name of torch that this package needs: one name each, and a test that guards its meaning.
+"""Every private name of torch that this package calls: one function each, and a test that guards its meaning.
 
 torch may change these without a word. Then one test of ``tests/unit/test_torch_private.py`` fails and names it.
+
+Two kinds of underscore names are elsewhere, because they belong to modules and not to torch's inside: methods that
+layers override (``_apply``, ``_load_from_state_dict``, ``_check_input_dim``), and what wrappers leave on modules
+(``_is_replica``, ``_orig_mod`` and the like).
 """
 
 from __future__ import annotations
@@ -18,28 +22,34 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _python_dispatch as dispatch
 
+# mypy lets others import an imported name only if listed.
 __all__ = ["BatchNormBase"]
 
 
 def runs_in_backward() -> bool:
     """Whether autograd runs this forward again, as torch.utils.checkpoint makes it do, reentrant or not."""
+    # Each backward has a number from 0 on. Outside it is -1.
     return torch._C._current_graph_task_id() != -1
 
 
 def is_transformed() -> bool:
     """Whether a transform of torch.func, or forward-mode AD, differentiates what runs now."""
+    # torch.func keeps a stack of transforms; None if empty.
+    # Forward-mode AD counts its levels from 0; -1 is none.
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def take_out_of_transforms(tensor: Tensor) -> Tensor:
-    """The plain tensor inside those that torch.func's transforms wrap; of a batch of vmap, all of it."""
+    """The plain tensor inside the wrappers of torch.func's transforms. Under vmap it has all examples."""
+    # Transforms nest, and each adds a wrapper.
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor.detach()
 
 
 def is_in_vmap(tensor: Tensor) -> bool:
-    """Whether vmap has one of this tensor for each of many examples."""
+    """Whether vmap makes one tensor of many examples look like a single example here."""
+    # vmap's wrapper may be under that of grad, or over it.
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         if torch._C._functorch.is_batchedtensor(tensor):
             return True
@@ -48,12 +58,15 @@ def is_in_vmap(tensor: Tensor) -> bool:
 
 
 def outside_transforms() -> AbstractContextManager[Any]:
-    """No transform of torch.func is in force: it would refuse to change a tensor that it does not know."""
+    """A context without torch.func's transforms. They refuse to change, in place, a tensor from outside of them."""
     return pyfunctorch.temporarily_clear_interpreter_stack()
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """A module's own buffers. Its attributes are looked up in four places, which adds up over some hundred layers."""
+    """A module's own buffers.
+
+    Faster than ``module.running_mean``: nn.Module looks an attribute up in four places. Some hundred layers feel that.
+    """
     return module._buffers
 
 
@@ -67,7 +80,8 @@ def submodules_of(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
-# torch's own functions, not ours around them: no signal handler may run between their calls (window/uninterrupted).
+# Names for torch's own functions, with none of ours around them:
+# no signal handler may run between two of them (window/uninterrupted).
 copy_all = torch._foreach_copy_
 """Copy each value into its tensor, all in one call."""
 
@@ -79,7 +93,10 @@ zero_all = torch._foreach_zero_
 
 
 def without_torch_function() -> AbstractContextManager[None]:
-    """Call torch's functions as they are, whatever mode is in force; ``torch.device`` as a context is one."""
+    """A context in which torch's functions run as they are, whatever mode is in force outside.
+
+    A mode is Python code that sees each call. ``with torch.device(...)`` is one.
+    """
     context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
     return context
 
@@ -96,11 +113,13 @@ def join_settings(ddp: DistributedDataParallel) -> Any:
 
 def set_join_settings(ddp: DistributedDataParallel, **settings: bool) -> None:
     """Change some of DDP's settings of ``join``."""
+    # A named tuple cannot be changed in place.
     ddp._join_config = ddp._join_config._replace(**settings)
 
 
 def saved_tensor_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     """The pack and unpack hooks that are in force in this thread."""
+    # False: none while a compiler traces, as torch itself asks.
     hooks: tuple[Callable[..., Any], Callable[..., Any]] | None = torch._C._autograd._top_saved_tensors_default_hooks(
         False
     )
@@ -119,7 +138,10 @@ def dispatch_modes() -> list[Any]:
 
 @contextmanager
 def in_function_mode(mode: Any) -> Iterator[None]:
-    """A torch-function mode in force, without entering it: it was entered already, and some keep account."""
+    """A context in which a torch-function mode is in force.
+
+    The mode's own ``__enter__`` is not called: another thread has entered it, and some modes count how often.
+    """
     torch.overrides._push_mode(mode)  # type: ignore[no-untyped-call]
     try:
         yield

@@ -38,9 +38,11 @@ class SyncAccumBatchNorm(Accumulating):
     ranks since the last commit) and f = ``momentum``, or 1/``num_batches_tracked`` where momentum is None: what
     :class:`torch.nn.BatchNorm2d` does with ``torch.cat`` of all of them.
 
-    No forward or backward communicates. In eval mode, or with ``track_running_stats=False``, the layer is a plain
-    BatchNorm. Three kinds of forward are not counted: one that ``torch.utils.checkpoint`` runs again in backward,
-    one under ``momentum = 0``, and one inside ``syncaccum.not_counted``.
+    Window sums are float64, whatever the dtype of the data. No forward or backward communicates, those of
+    ``syncaccum.lockstep`` aside. In eval mode, or with ``track_running_stats=False``, the layer is a plain BatchNorm.
+
+    Three kinds of training forward go into no window: one that ``torch.utils.checkpoint`` runs again in backward; one
+    while ``momentum`` is set to 0, unless the layer had 0 from the start; and one inside ``syncaccum.not_counted``.
 
     Args:
         num_features: C, the size of dimension 1 of the input.
@@ -66,6 +68,10 @@ class SyncAccumBatchNorm(Accumulating):
     Raises:
         ValueError: at construction for an argument out of range; in forward for an input of another rank, width
             or dtype, or under ``"batch"`` for one value per channel, as nn.BatchNorm.
+        RuntimeError: in a training forward under ``torch.vmap``, and in a checkpoint's second forward if the running
+            statistics have changed since the first.
+
+    Source: Ioffe and Szegedy 2015 (arXiv:1502.03167); for ``"renorm"`` Ioffe 2017 (arXiv:1702.03275).
 
     Example::
 
@@ -78,7 +84,7 @@ class SyncAccumBatchNorm(Accumulating):
     """
 
     _made_from: tuple[type[SyncAccumBatchNorm], type, frozenset[str]] | None = None
-    """Of a converted layer's class: what it adds to, the class the layer goes back to, and names left alone."""
+    """In a class that conversion made: our base, the class to go back to, and the names left to the layer."""
 
     normalization = Setting()
     r_max = Setting()
@@ -101,10 +107,13 @@ class SyncAccumBatchNorm(Accumulating):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        # nn.BatchNorm's constructor takes any number for it.
         check_momentum(momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         adopt(self, process_group, normalization, r_max, d_max, prior_count)
-        self.__dict__["__module__"] = TRACED_AS  # the class keeps its own, for pickles
+        # torch.fx asks the instance.
+        # The class keeps its own module, for pickles.
+        self.__dict__["__module__"] = TRACED_AS
 
     @property
     def process_group(self) -> Group:
@@ -114,6 +123,7 @@ class SyncAccumBatchNorm(Accumulating):
     @property
     def window(self) -> Moments:
         """A snapshot of the sums of the open window on this rank, float64; not collective."""
+        # A copy: forwards add to the window in place.
         return Moments.unpack(self._accumulation.window.clone())
 
     def update_stats(self) -> None:
@@ -121,6 +131,9 @@ class SyncAccumBatchNorm(Accumulating):
 
         In a model, ``syncaccum.commit(model)`` sends one message for all layers instead of one for each. Does
         nothing with ``track_running_stats=False``, and where no rank has accumulated anything.
+
+        Raises:
+            CommitError: and its kinds, as :func:`syncaccum.commit`.
         """
         if tracks(self):
             commit_layers([(type(self).__name__, self)])
@@ -132,12 +145,16 @@ class SyncAccumBatchNorm(Accumulating):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise; in training, also accumulate. Not collective, outside of ``lockstep``."""
         _check_input(self, input)
+        # nn.BatchNorm's own rules: averages change in training only.
+        # Without running statistics, eval uses the batch's, too.
         counts = self.training and tracks(self)
         uses_batch = self.training or self.running_mean is None
         if counts or (uses_batch and in_lockstep()):
             return normalize_and_accumulate(self, input, self.weight, self.bias, self.eps, counts=counts)
+        # A warning would break a compiled graph in two.
         if not self.training and not torch.compiler.is_compiling():
             warn_if_uncommitted(self)
+        # All that is left is what nn.BatchNorm does.
         return super().forward(input)
 
     def extra_repr(self) -> str:
@@ -150,7 +167,10 @@ class SyncAccumBatchNorm(Accumulating):
 
 
 def in_lockstep() -> bool:
-    """Whether this forward meets others; then even one without running statistics does."""
+    """Whether this forward is part of a lockstep. Then it meets others, even without running statistics.
+
+    Never in compiled code: lockstep makes compiled models run as they were written.
+    """
     return not torch.compiler.is_compiling() and surroundings.lockstep_here() is not None
 
 
@@ -159,17 +179,22 @@ def normalize_and_accumulate(
 ) -> Tensor:
     """A training forward: under the layer's policy, or together with the others of a lockstep.
 
-    ``counts``: whether it has running statistics to go into; `is_counted` may still say no.
+    Args:
+        counts: whether the layer has running statistics to accumulate for. The forward may still be one of those
+            that do not count, see `is_counted`.
     """
     counts = counts and is_counted(layer)
     if not torch.compiler.is_compiling():
+        # Not to be traced: these ask the process and the thread.
         surroundings.refuse_ddps_own_join()
         if (participant := surroundings.lockstep_here()) is not None:
             return participant.normalize(layer, input, weight, bias, eps, counts=counts)
         note_forward(layer)
+    # numel / C: how many values each channel has.
     policy = choose_policy(layer, input.numel() // layer.num_features, eps)
     output, sums = normalize(input, weight, bias, policy)
     if counts:
+        # Last: a forward that raises leaves the window as it was.
         accumulate(layer, sums)
     return output
 

@@ -30,8 +30,8 @@ def convert_sync_accum(module: M, process_group: Group = None, normalization: st
 
     BatchNorm1d/2d/3d, nn.SyncBatchNorm (which keeps its process group unless another is given) and their
     subclasses, the root itself included. Parameters and buffers stay the same objects, so an optimizer built
-    before still works; shared layers stay shared; hooks, training flag, requires_grad, device, dtype and the check
-    of input dimensions survive. Converted layers are left as they are. Not collective.
+    before still works. Shared layers stay shared. Hooks, training flag, requires_grad, device, dtype and the check
+    of input dimensions survive. Converted layers are left as they are. Not collective: convert alike on every rank.
 
     A subclass with a forward of its own keeps it. Where that calls ``F.batch_norm`` or ``torch.batch_norm`` in
     training with the layer's own running statistics, the layer accumulates and normalises under the policy. All
@@ -50,6 +50,8 @@ def convert_sync_accum(module: M, process_group: Group = None, normalization: st
         ValueError: for an unknown policy, a process group this rank is not in, a lazy layer that has not seen
             data yet, or a layer with momentum outside [0, 1]. Nothing was converted then.
     """
+    # All that can be wrong is found before any layer changes.
+    # The handle is thrown away: making it checks the group.
     check_settings(normalization)
     GroupHandle(process_group)
     layers = [
@@ -57,8 +59,9 @@ def convert_sync_accum(module: M, process_group: Group = None, normalization: st
         for name, layer in module.named_modules()
         if isinstance(layer, BatchNormBase) and not isinstance(layer, SyncAccumBatchNorm)
     ]
-    # All before the first: nothing is left half converted.
+    # Momentum and laziness of all of them, too.
     _check_convertible(layers)
+    # Shared by all: one layer warns for the whole model.
     said: set[str] = set()
     for name, layer in layers:
         _convert_layer(layer, SyncAccumBatchNorm, process_group, normalization, name, said)
@@ -80,8 +83,10 @@ def revert_sync_accum(module: M) -> M:
     layers = [
         (name or "the module itself", m) for name, m in module.named_modules() if isinstance(m, SyncAccumBatchNorm)
     ]
+    # Looked up for all layers before the first one changes.
     made = [(name, layer, _find_made(name, layer)) for name, layer in layers if layer._made_from is not None]
     left_alone = [name for name, layer in layers if layer._made_from is None]
+    # Asked now: the window will be gone. [0] is its count.
     dropped = [name for name, layer, _ in made if layer._accumulation.window[0] > 0]
     for _, layer, its_class in made:
         _revert_layer(layer, its_class)
@@ -98,17 +103,18 @@ def revert_sync_accum(module: M) -> M:
 
 
 class AccumulateBatchNorm(SyncAccumBatchNorm):
-    """Of a BatchNorm class and its arguments, a layer of policy ``"running"``.
+    """A layer with the policy ``"running"``, made from a BatchNorm class and its arguments.
 
-    It checks its input as ``bn_class`` does and normalises with the committed statistics, held constant. On
-    ``update_stats()`` it takes up all it has seen since the last call, as if that had been one batch.
+    It checks its input as ``bn_class`` does, and normalises with the committed statistics, held constant. No forward
+    communicates. ``update_stats()`` is collective: it folds all that the ranks have seen since the last call into
+    the running statistics, as if that had been one batch. Formulas, shapes and dtypes: :class:`SyncAccumBatchNorm`.
 
     Args:
         bn_class: nn.BatchNorm1d, 2d or 3d, nn.SyncBatchNorm, or a subclass.
         num_features, **bn_kwargs: what ``bn_class`` takes.
 
     Raises:
-        ValueError: for a class that is not a BatchNorm, or is lazy.
+        ValueError: for a class that is not a BatchNorm, or is lazy, or a momentum outside [0, 1].
 
     Example::
 
@@ -123,11 +129,15 @@ class AccumulateBatchNorm(SyncAccumBatchNorm):
         layer: Any = bn_class(num_features, **bn_kwargs)
         _check_convertible([(bn_class.__name__, layer)])
         _convert_layer(layer, AccumulateBatchNorm, None, "running", "", set())
+        # This object becomes the converted layer: its class, its attributes.
+        # So the constructor's result is like convert_sync_accum's.
         self.__class__ = type(layer)
         self.__dict__ = layer.__dict__
 
 
 def _check_convertible(layers: list[tuple[str, Any]]) -> None:
+    # A lazy layer changes its class at its first forward.
+    # That would undo the conversion.
     lazy = [name for name, layer in layers if _is_uninitialized(layer)]
     if lazy:
         raise ValueError(
@@ -154,9 +164,13 @@ def _convert_layer(
     said: set[str],
 ) -> None:
     outer = type(layer)
+    # parametrize puts a class of its own over the layer's.
+    # Ours belongs below it, so that it can still be taken off.
     source = outer.__bases__[0] if parametrize.is_parametrized(layer) else outer
     if issubclass(source, nn.SyncBatchNorm):
         process_group = layer.process_group if process_group is None else process_group
+        # Our handle holds it from here on.
+        # As an attribute it would keep the layer from being copied.
         del layer.process_group
     made = _make_class(base, source, _own_names(layer))
     layer.__class__ = made if source is outer else _rebase(outer, source, made)
@@ -166,16 +180,19 @@ def _convert_layer(
 def _revert_layer(layer: Any, made: type[SyncAccumBatchNorm]) -> None:
     assert made._made_from is not None
     _, source, _ = made._made_from
+    # Before release, which takes the handle away.
     group = layer._accumulation.handle.group
     release(layer)
     layer.__class__ = source if type(layer) is made else _rebase(type(layer), made, source)
     if issubclass(source, nn.SyncBatchNorm):
+        # nn.SyncBatchNorm's forward asks for it.
         layer.process_group = group
 
 
 def _find_made(name: str, layer: Any) -> type[SyncAccumBatchNorm]:
     """The class that conversion gave the layer, which may be below one that another tool made since."""
     outer = type(layer)
+    # A tool's class has the one below as a base.
     for its_class in (outer, *outer.__bases__):
         if its_class in _made.values():
             return cast("type[SyncAccumBatchNorm]", its_class)
@@ -188,20 +205,26 @@ def _find_made(name: str, layer: Any) -> type[SyncAccumBatchNorm]:
 def _rebase(outer: type, old: type, new: type) -> type:
     """A class as ``outer``, which torch's parametrize or FSDP made from ``old``, made from ``new`` instead."""
     bases = tuple(new if base is old else base for base in outer.__bases__)
+    # Python makes these two slots anew for each class.
     body = {name: value for name, value in vars(outer).items() if name not in ("__dict__", "__weakref__")}
     return type(outer.__name__, bases, body)
 
 
+# Our forward takes the place of these. All others are routed.
 _FORWARDS_OF_TORCH = (BatchNormBase.forward, nn.SyncBatchNorm.forward)
+# What we add. A subclass may use such a name itself.
 _PUBLIC = (
     "process_group", "normalization", "r_max", "d_max", "prior_count", "window", "update_stats", "discard",
 )  # fmt: skip
+# Made once for each kind of layer, not for each layer.
+# Weak: a class goes when its last layer has gone.
 _made: weakref.WeakValueDictionary[tuple[Any, ...], type[SyncAccumBatchNorm]] = weakref.WeakValueDictionary()
 
 
 def _own_names(layer: Any) -> frozenset[str]:
-    """Names of ours that an instance uses for something of its own."""
+    """Those of our public names that the instance uses for something of its own."""
     own: set[str] = set(vars(layer)).union(buffers_of(layer), parameters_of(layer), submodules_of(layer))
+    # A SyncBatchNorm's group is not its own: ours replaces it.
     return frozenset(own.intersection(_PUBLIC)) - ({"process_group"} if isinstance(layer, nn.SyncBatchNorm) else set())
 
 
@@ -213,27 +236,32 @@ def _make_class(base: type[SyncAccumBatchNorm], source: type, own_names: frozens
         body: dict[str, Any] = {
             "_made_from": key,
             "__reduce_ex__": _reduce,
+            # BatchNorm2d still refuses 3D input.
             "_check_input_dim": source._check_input_dim,  # type: ignore[attr-defined]
             "__module__": TRACED_AS,
         }
+        # What the subclass or its instance has wins over ours.
         body.update({name: _OwnAttribute(name) for name in own_names})
         body.update({name: inspect.getattr_static(source, name) for name in _PUBLIC if hasattr(source, name)})
         if source.forward not in _FORWARDS_OF_TORCH:  # type: ignore[attr-defined]
             body["forward"] = _make_forward(source)
         # DDP asks for SyncBatchNorm, and then insists on a GPU.
         bases = (base,) if issubclass(source, nn.SyncBatchNorm) else (base, source)
+        # BatchNorm2d becomes SyncAccumBatchNorm2d.
         name = base.__name__ + source.__name__.removeprefix("BatchNorm")
         made = _made[key] = type(name, bases, body)
     return made
 
 
 class _OwnAttribute:
-    """Leaves a name that would be ours to the instance, which has something of its own there."""
+    """Hides one of our public names, where the instance has something of its own under that name."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __get__(self, layer: Any, owner: type) -> Any:
+        # Plain attributes come before this, as always in Python.
+        # Here come parameters, buffers and submodules alone.
         return self if layer is None else nn.Module.__getattr__(layer, self._name)
 
 
@@ -245,13 +273,13 @@ def _make_forward(source: type) -> Any:
 
 
 def _reduce(self: SyncAccumBatchNorm, protocol: Any) -> Any:
-    """Made classes have no importable name: a pickle says what they were made from."""
+    """How a layer is pickled and copied: by what its class was made from, because made classes cannot be imported."""
     if "_made_from" not in vars(type(self)):  # a tool's class on top has its own way
         return super(SyncAccumBatchNorm, self).__reduce_ex__(protocol)
     return make_instance, self._made_from, self.__dict__
 
 
 def make_instance(base: type[SyncAccumBatchNorm], source: type, own_names: frozenset[str]) -> Any:
-    """An empty converted layer, for unpickling and copying to fill."""
+    """A converted layer without attributes; pickle and copy fill them in. So its constructor must not run."""
     made = _make_class(base, source, own_names)
     return made.__new__(made)

@@ -16,11 +16,15 @@ def make_dense(x: Tensor) -> Tensor:
 
 
 def is_rows(x: Tensor) -> bool:
-    # A tensor can be both, when there is one channel or one position: short rows are slow, so ask for long ones.
+    """Whether a dense tensor is to be walked as rows."""
+    # With one channel or one position a tensor is in both orders.
+    # Rows of one value are slow: then take it for columns.
     return x.is_contiguous() and x.dim() > 2 and x.stride(1) > 1
 
 
 def is_columns(x: Tensor) -> bool:
+    """Whether a tensor lies in memory as columns, without gaps."""
+    # The usual case: torch's own flag, and no view to make.
     if x.dim() == 4:
         return x.is_contiguous(memory_format=torch.channels_last)
     return x.movedim(1, -1).is_contiguous()
@@ -29,15 +33,18 @@ def is_columns(x: Tensor) -> bool:
 def as_columns(x: Tensor) -> Tensor:
     """(values, C) view of a dense tensor in columns order."""
     channels = x.shape[1]
+    # view() cannot say this of a channels_last tensor.
     return x.as_strided((x.numel() // channels, channels), (channels, 1))
 
 
 def match_order(dy: Tensor, x: Tensor) -> Tensor:
-    """dy in x's memory order; a copy where it is not (an expanded gradient, another memory format)."""
+    """dy in x's memory order; a copy where it comes in another one, or is expanded, as from ``y.sum()``."""
+    # torch's kernels read dy and x side by side.
     if dy.stride() == x.stride():
         return dy
     return dy.contiguous() if is_rows(x) else dy.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def per_channel(vector: Tensor, like: Tensor) -> Tensor:
+    """A vector of shape (C,) as one that broadcasts over ``like``: (1, C, 1, ...)."""
     return vector.reshape(1, -1, *[1] * (like.dim() - 2))

@@ -1,7 +1,7 @@
 """The normalization policies: what a training forward normalises with, and what gradient flows.
 
-A policy is arithmetic on float64 vectors of length C. It turns a micro-batch's mean and variance into a
-:class:`Normalizer`. `passes` applies that to the data.
+A policy is arithmetic on float64 vectors of length C, the number of channels. It turns a micro-batch's mean and
+population variance into a :class:`Normalizer`. `passes` applies that to the data. No policy sees data or ranks.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ class Normalizer(NamedTuple):
         \frac{\partial L}{\partial x} = \gamma r s
             \Bigl(dy - \varphi \bigl(\textstyle\sum dy + \hat x \sum dy\, \hat x\bigr)\Bigr)
 
-    The backward takes r and d for constants. :math:`\varphi` (``feedback``) says how much one value moves the
-    statistics: 1/n if they are the micro-batch's own, w/n if it has a share w in them, None if they are constants.
+    In code c is ``center``, s ``scale``, r ``gain``, d ``offset`` and :math:`\varphi` ``feedback``; :math:`\gamma` and
+    :math:`\beta` are the layer's weight and bias. Shapes are ``(C,)``.
+
+    The backward takes r and d for constants. ``feedback`` says how much one value moves the statistics: 1/n if they
+    are the micro-batch's own, w/n if it has a share w in them, None if they are constants.
     """
 
     center: Tensor
     scale: Tensor
-    gain: Tensor | None  # r; None for 1
-    offset: Tensor | None  # d; None for 0
+    gain: Tensor | None  # None stands for 1
+    offset: Tensor | None  # None stands for 0
     feedback: Tensor | float | None
 
     @property
@@ -39,24 +42,26 @@ class Normalizer(NamedTuple):
         return self.gain is None and self.feedback is not None
 
     def to_dtype(self, dtype: torch.dtype) -> Normalizer:
-        """The same in another precision: that of the data, when it is put to work."""
+        """The same in another precision. Policies compute in float64; data is float32 mostly."""
         center, scale = self.center.to(dtype), self.scale.to(dtype)
         gain = None if self.gain is None else self.gain.to(dtype)
         offset = None if self.offset is None else self.offset.to(dtype)
+        # feedback multiplies C-sized sums only, never data: it stays as it is.
         return Normalizer(center, scale, gain, offset, self.feedback)
 
 
 class Batch(NamedTuple):
-    """The micro-batch's own statistics, gradient through them: nn.BatchNorm's training forward."""
+    """The micro-batch's own statistics, gradient through them: nn.BatchNorm's training forward (arXiv:1502.03167)."""
 
     eps: float
 
     def normalizer(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
+        # 1/n: one value is an n-th of the mean.
         return Normalizer(mean, torch.rsqrt(variance + self.eps), None, None, 1.0 / count)
 
 
 class Running(NamedTuple):
-    """The committed statistics, held constant: the policy of ``AccumulateBatchNorm``."""
+    """The committed statistics, held constant: the ``"running"`` policy of ``AccumulateBatchNorm``."""
 
     eps: float
     committed_mean: Tensor
@@ -64,6 +69,7 @@ class Running(NamedTuple):
 
     def normalizer(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
         scale = torch.rsqrt(self.committed_variance + self.eps)
+        # No feedback: the data moves none of these.
         return Normalizer(self.committed_mean, scale, None, None, None)
 
 
@@ -82,8 +88,8 @@ class Renorm(NamedTuple):
     v_s is the law of total variance, so nothing cancels. Since
     :math:`\partial v_s/\partial x = 2w(x-\mu_s)/n`, the gradient is BatchNorm's with w/n in the place of 1/n.
 
-    ``untrained`` is a boolean scalar: this layer never had a commit, so it behaves as :class:`Batch`. A tensor,
-    because the counter may be on a GPU, for which a forward must not wait. None where it is known not to hold.
+    ``untrained`` is a boolean scalar tensor: true if this layer never had a commit. Then it behaves as :class:`Batch`.
+    It is a tensor because the counter may be on a GPU, and a forward must not wait for that. None means false.
     """
 
     eps: float
@@ -96,17 +102,24 @@ class Renorm(NamedTuple):
 
     def normalizer(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
         mu, v = self.committed_mean, self.committed_variance
+        # Share of the micro-batch in what is known of the channel.
         w: Any = count / (count + self.prior_count)
+        # Own statistics in the place of committed ones: r = 1, d = 0.
+        # `where`, because the answer may be on a GPU.
         if self.untrained is not None:
             mu = torch.where(self.untrained, mean.detach(), mu)
             v = torch.where(self.untrained, variance.detach(), v)
             w = torch.where(self.untrained, 1.0, torch.full_like(mu, w))
+        # Mean and variance of both together (law of total variance).
         mu_s = torch.lerp(mu, mean, w)
         v_s = torch.lerp(v, variance, w) + (mean - mu).square() * (w * (1 - w))
         scale = torch.rsqrt(v_s + self.eps)
         committed_scale = torch.rsqrt(v + self.eps)
+        # Detached: Ioffe's backward takes r and d for constants.
+        # The clips bound how far committed statistics may correct.
         r = (committed_scale / scale.detach()).clamp(1 / self.r_max, self.r_max)
         d = ((mu_s.detach() - mu) * committed_scale).clamp(-self.d_max, self.d_max)
+        # A value is an n-th of the mean, which has share w.
         return Normalizer(mu_s, scale, r, d, w / count)
 
 
@@ -120,6 +133,7 @@ def choose_policy(layer: Accumulating, count: int, eps: float) -> Policy:
         ValueError: one value per channel under ``"batch"``, as nn.BatchNorm.
     """
     state = layer._accumulation
+    # One value is its own mean: the output would be the bias.
     if state.normalization == "batch" and count == 1:
         raise ValueError(
             "Expected more than 1 value per channel when training, got 1; "
@@ -127,22 +141,27 @@ def choose_policy(layer: Accumulating, count: int, eps: float) -> Policy:
         )
     if state.normalization == "batch" and count > 1:
         return Batch(eps)
+    # One value has no statistics of its own to use instead.
     untrained = _ask_if_untrained(layer) if state.normalization == "renorm" and count > 1 else False
+    # Known on a CPU: `Batch` has less arithmetic.
     if untrained is True:
         return Batch(eps)
     mean, variance = _copy_committed(layer)
     maybe_untrained = None if untrained is False else untrained
     if state.normalization == "renorm" and count > 0:
         return Renorm(eps, mean, variance, maybe_untrained, state.prior_count, state.r_max, state.d_max)
+    # Policy "running"; and of any policy a micro-batch without values.
     return Running(eps, mean, variance)
 
 
 def _ask_if_untrained(layer: Accumulating) -> bool | Tensor:
     """Whether the layer never had a commit: a boolean, or on a GPU a tensor that need not be waited for."""
     batches = buffers_of(layer)["num_batches_tracked"]
+    # Without a counter nobody can tell: believe the statistics.
     if batches is None:
         return False
     if batches.is_cpu and not torch.compiler.is_compiling():
+        # On a GPU item() would wait for the device.
         return batches.item() == 0
     return batches == 0
 

@@ -1,7 +1,7 @@
-"""A subclass's own forward, with our training forward in the place of its call of batch_norm.
+"""Runs a subclass's own forward, with our training forward in the place of its call of batch_norm.
 
-The call is judged by its own arguments: ours are training calls with the layer's own statistics. Every other call
-does what torch does: a frozen layer's, one with second statistics, one of another layer inside.
+The arguments of a call decide. A training call with the layer's own statistics is ours. Every other call does what
+torch does: that of a frozen layer, one with a second pair of statistics, one of another layer inside.
 """
 
 from __future__ import annotations
@@ -50,11 +50,14 @@ def _of_torch_batch_norm(
     return _Call(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
+# A subclass may call either. Outermost counts: F's calls torch's.
 _ENTRANCES: dict[Any, Callable[..., _Call]] = {F.batch_norm: _Call, torch.batch_norm: _of_torch_batch_norm}
 
 
 def forward_through(layer: Any, source: type, args: Any, kwargs: Any) -> Any:
     """``source.forward(layer, ...)``, whose own training calls of batch_norm are the layer's accumulating forward."""
+    # A mode reaches this thread only. Replacing F.batch_norm itself
+    # would reach other threads, and other layers.
     with _Route(layer) as route:
         output = source.forward(_seen_as(layer, source), *args, **kwargs)  # type: ignore[attr-defined]
     if not torch.compiler.is_compiling():
@@ -78,19 +81,24 @@ class _Route(TorchFunctionMode):
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        # Some forwards count before the call, others after it.
+        # If nothing was ours, their count is right.
         if self._taken:
             self._batches.restore()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # The mode is off in here: our calls do not return.
         if func not in _ENTRANCES:
             return func(*args, **kwargs)
         call = _ENTRANCES[func](*args, **kwargs)
         if not self._is_own(call):
             return func(*args, **kwargs)
-        # Before others take their turn at the layer, in a lockstep.
+        # Now, and not later: in a lockstep others now take their turn
+        # at this layer, and must find the count as it was.
         self._batches.restore()
         self._taken = True
+        # Momentum 0 is how a forward says: do not average this.
         counts = call.running_mean is not None and call.momentum != 0
         return normalize_and_accumulate(self._layer, call.input, call.weight, call.bias, call.eps, counts=counts)
 
@@ -98,16 +106,23 @@ class _Route(TorchFunctionMode):
         buffers = buffers_of(self._layer)
         of_layer = call.running_mean is buffers["running_mean"] and call.running_var is buffers["running_var"]
         of_batch = call.running_mean is None and call.running_var is None
+        # Any statistics of its own count here, also in eval calls.
         self.met_own_statistics |= of_batch or any(call.running_mean is own for own in buffers.values())
         if not call.training:
             return False
+        # A layer without running statistics has None, as the call has.
         if of_layer and not of_batch:
             return True
+        # Statistics of the batch: lockstep makes them the global batch's.
         return of_batch and in_lockstep()
 
 
 class _Counter:
-    """num_batches_tracked as it was: copies of nn.BatchNorm's forward count, and so will the commit."""
+    """Keeps num_batches_tracked as it was before a forward.
+
+    Many subclasses have a copy of nn.BatchNorm's forward, which adds 1 in each training forward. The commit adds 1 for
+    the whole window. So what the forward has added must go.
+    """
 
     def __init__(self, layer: Any) -> None:
         self._layer = layer
@@ -116,7 +131,8 @@ class _Counter:
 
     def restore(self) -> None:
         if self._buffer is not None and self._value is not None:
-            buffers_of(self._layer)["num_batches_tracked"] = self._buffer  # some assign a new one
+            # Some forwards do not add in place, but assign a new tensor.
+            buffers_of(self._layer)["num_batches_tracked"] = self._buffer
             self._buffer.copy_(self._value)
 
 
@@ -125,8 +141,10 @@ def _tell_if_it_normalises_itself(layer: Any, source: type) -> None:
         return
     state = layer._accumulation
     where = f"layer {state.name or 'of its own'} ({source.__name__})"
+    # Lockstep promises exactness. Elsewhere the layer trains as before.
     if surroundings.lockstep_here() is not None:
         raise LockstepError(f"{where} normalises by itself, without batch_norm, so lockstep would not be exact")
+    # Said once for each layer. Commit reports leave it out, too.
     if state.normalises_itself:
         return
     state.normalises_itself = True
@@ -139,7 +157,7 @@ def _tell_if_it_normalises_itself(layer: Any, source: type) -> None:
 
 
 class _WithoutSync(nn.SyncBatchNorm):
-    """Where a subclass's ``super().forward`` ends: F.batch_norm, and no communication."""
+    """Last in line for a subclass's ``super().forward``: calls F.batch_norm, and does not communicate."""
 
     forward = BatchNormBase.forward
 
@@ -147,15 +165,17 @@ class _WithoutSync(nn.SyncBatchNorm):
 def _seen_as(layer: Accumulating, source: type) -> Any:
     """The layer as its own forward must see it.
 
-    A subclass of nn.SyncBatchNorm is converted to something that is none, else DDP would insist on a GPU. Its forward
-    needs one. So it sees another object with the same attributes.
+    DDP insists on a GPU for every nn.SyncBatchNorm, so a converted layer is none. But a subclass's forward may call
+    ``super().forward`` or ask for its class. So it gets another object, of that class, with the same attributes.
     """
     if not issubclass(source, nn.SyncBatchNorm):
         return layer
     view_class = _views.get(source) or _views.setdefault(source, type(source.__name__, (source, _WithoutSync), {}))
+    # No constructor, and one dict for both: a change shows in both.
     view: Any = object.__new__(view_class)
     object.__setattr__(view, "__dict__", layer.__dict__)
     return view
 
 
+# Never emptied: few programs have two such classes.
 _views: dict[type, type] = {}

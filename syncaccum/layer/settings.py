@@ -20,24 +20,28 @@ class Setting:
 
     def __set__(self, layer: Any, value: Any) -> None:
         state = layer._accumulation
+        # The check takes all four; three are as they were.
         settings = {n: getattr(state, n) for n in ("normalization", "r_max", "d_max", "prior_count")}
         check_settings(**{**settings, self._name: value})
         setattr(state, self._name, value)
 
 
 def check_settings(normalization: str, r_max: float = 1.5, d_max: float = 0.5, prior_count: float = 1.0) -> None:
-    """Raise ValueError for a setting out of range. Written so that NaN fails."""
+    """Raise ValueError for a setting out of range."""
+    # `not r >= 1` rather than `r < 1`: NaN must fail, too.
     if normalization not in POLICIES:
         raise ValueError(f"normalization must be one of {', '.join(map(repr, POLICIES))}, got {normalization!r}")
+    # Below 1 the range from 1/r_max to r_max is empty.
     if not r_max >= 1:
         raise ValueError(f"r_max must be at least 1, got {r_max}")
     if not d_max >= 0:
         raise ValueError(f"d_max must be at least 0, got {d_max}")
+    # With inf the micro-batch would have no share at all.
     if not 0 <= prior_count < math.inf:
         raise ValueError(f"prior_count must be finite and at least 0, got {prior_count}")
 
 
 def check_momentum(momentum: float | None) -> None:
-    """Raise ValueError for a momentum that nn.BatchNorm would take and that no average has."""
+    """Raise ValueError for a momentum that makes no average. nn.BatchNorm itself takes any number."""
     if momentum is not None and not 0 <= momentum <= 1:
         raise ValueError(f"momentum must be in [0, 1], or None for the cumulative average, got {momentum}")

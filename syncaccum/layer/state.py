@@ -1,7 +1,6 @@
-"""What commits, windows and lockstep need of a layer: its open window, and its part in a commit.
+"""The state of a layer that accumulates: its open window, its settings, and what a commit asks of it.
 
-All of it is in one private attribute, so nothing of a subclass is touched. Functions rather than methods, for the
-same reason.
+All of it is in one private attribute, and its functions are no methods. So a subclass may use any other name.
 """
 
 from __future__ import annotations
@@ -45,23 +44,23 @@ class Accumulation:
     window: Tensor
     """Packed moments, float64."""
     momentum: float | None
-    """Of the last forward that counted. A commit folds the window with it, whatever the layer says by then."""
+    """The layer's at the last forward that counted. A commit uses it for the window, even if the layer's changed."""
     always_counts: bool
     """Whether the layer had momentum 0 from the start. Else a forward under momentum 0 counts nothing."""
     is_open: bool = False
     """Whether any forward counted since the last commit."""
     is_committed: bool = False
-    """Whether there was a commit since the statistics were reset, if only an empty one."""
+    """Whether there was a commit since the statistics were reset. One without any values is enough."""
     has_normalised: bool = False
-    """Whether any training forward used the statistics as they are now. A checkpoint's second forward needs that."""
+    """Whether any training forward used the running statistics as they are now: see `note_forward`."""
     micro_batches: int = 0
-    """In the open window, where Python counts: not in compiled forwards."""
+    """How many are in the open window; those of compiled forwards aside, which run no Python."""
     uncounted: int = 0
     """How many ``not_counted`` are open."""
     name: str = ""
     """In the model that was converted; for messages."""
     normalises_itself: bool = False
-    """Found in its first training forward: nothing of it comes to us."""
+    """Whether its forward calls no batch_norm, so that nothing is accumulated. Its first training forward tells."""
     said: set[str] = field(default_factory=set)
     """Warnings that were given. The layers of one conversion share it: one of them speaks for all."""
 
@@ -79,14 +78,14 @@ class Accumulation:
         self.is_open = False
 
     def replace_statistics(self, *, is_committed: bool) -> None:
-        """Running statistics came from elsewhere. The window belongs to those before."""
+        """Start anew, because the running statistics came from elsewhere. The window belonged to those before."""
         self.drop()
         self.is_committed = is_committed
         self.has_normalised = False
 
 
 TRACED_AS = "torch.nn.modules.batchnorm"
-"""The module that a layer says it is from: torch.fx takes those for leaves, and must not trace into ours."""
+"""The module that a layer says it is from. torch.fx does not trace into layers of torch, and must not into ours."""
 
 
 class Accumulating(BatchNormBase):
@@ -101,31 +100,34 @@ class Accumulating(BatchNormBase):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # The window belongs to the statistics that were replaced.
+        # A state without running_mean replaces weights only.
         if prefix + "running_mean" in state_dict:
             self._accumulation.replace_statistics(is_committed=True)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # Under inference_mode even a move to where it is would spoil it.
+        # What is made under inference_mode refuses to change later.
         with torch.inference_mode(False):
             self._accumulation.window = _follow(self._accumulation.window, fn)
         return self
 
 
 def _follow(window: Tensor, fn: Any) -> Tensor:
-    """The window where ``fn`` moves tensors to, still float64, every bit as it was; empty where the sums are gone."""
-    # As integers: .half() and .to(dtype) leave those alone.
+    """The window on the device that ``fn`` moves tensors to, every bit as it was; empty where the sums are lost."""
+    # As integers, which .half() and .to(dtype) leave alone.
     bits = window.view(torch.int64)
     moved = fn(bits)
-    # to_empty() gives memory as it lay.
+    # to_empty() gives memory with anything in it.
     emptied = moved.dtype == torch.int64 and not moved.is_meta and not bits.is_meta and not _equal(moved, bits)
     if moved.is_meta or bits.is_meta or emptied:
+        # A meta tensor has no values to move, either.
         return torch.zeros_like(window, device=moved.device)
+    # Of the answer only the device is taken.
     return window.to(moved.device)
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
+    # Most often nothing moved: no copy from a GPU then.
     return first is second or torch.equal(first.cpu(), second.cpu())
 
 
@@ -140,7 +142,7 @@ def adopt(
     name: str = "",
     said: set[str] | None = None,
 ) -> None:
-    """Give a BatchNorm's instance what `Accumulating` adds to one. `release` takes it away again."""
+    """Give a BatchNorm layer the state that `Accumulating` expects. `release` takes it away again."""
     layer._accumulation = Accumulation(
         GroupHandle(process_group),
         normalization,
@@ -172,9 +174,10 @@ def tracks(layer: Any) -> bool:
 
 
 def is_counted(layer: Accumulating) -> bool:
-    """Whether a forward goes into the window now: read in each forward, as nn.BatchNorm reads its momentum.
+    """Whether a forward goes into the window. Asked in each forward, as nn.BatchNorm reads its momentum in each.
 
-    A layer whose momentum always was 0 counts: its commits change its statistics by nothing, and are counted.
+    Many set momentum to 0 for forwards that shall not count. A layer that had 0 from the start counts, though: its
+    commits leave the statistics as they are, but add to ``num_batches_tracked``, as nn.BatchNorm's forwards do.
     """
     state = layer._accumulation
     return not state.uncounted and (layer.momentum != 0 or state.always_counts)
@@ -187,19 +190,21 @@ def accumulate(layer: Accumulating, sums: Tensor) -> None:
         RuntimeError: under ``torch.vmap``, which has a micro-batch of its own for each example.
     """
     state = layer._accumulation
-    # Assigned, never read: a compiled forward must not depend on them.
+    # Assigned, never read: reading would make compiled code depend on it.
     state.momentum = layer.momentum
     state.is_open = True
     if torch.compiler.is_compiling():
         add_unless_in_backward(state.window, sums)
         return
-    if runs_in_backward():  # a checkpoint's second forward
+    # A checkpoint's second forward: its data was counted in the first.
+    if runs_in_backward():
         return
     if is_transformed():
         _refuse_vmap(layer, sums)
         with outside_transforms():
             _add(state, take_out_of_transforms(sums))
     elif getattr(layer, "_is_replica", False):
+        # DataParallel's copies share this state, on several devices.
         with _replicas:
             state.window.add_(sums.to(state.window.device))
     else:
@@ -214,13 +219,15 @@ _replicas = threading.Lock()
 
 
 def _add(state: Accumulation, sums: Tensor) -> None:
+    # Some tools move a layer past _apply. The data tells where to.
+    # An inference tensor refuses to be added to.
     if state.window.device != sums.device or state.window.is_inference():
         state.window = _bring_home(state.window, sums.device)
     state.window.add_(sums)
 
 
 def _bring_home(window: Tensor, device: torch.device) -> Tensor:
-    """The window on the device of the data, whatever moved that."""
+    """The window on the device of the data, as an ordinary tensor."""
     if window.is_meta:  # which never held a sum
         return torch.zeros_like(window, device=device)
     return window.detach().clone().to(device)
@@ -236,20 +243,24 @@ def _refuse_vmap(layer: Accumulating, sums: Tensor) -> None:
 
 @torch.library.custom_op("syncaccum::add_unless_in_backward", mutates_args={"window"})
 def add_unless_in_backward(window: Tensor, sums: Tensor) -> None:
-    """Of compiled forwards. They cannot ask where they run; this can, each time that it runs."""
+    """Add a compiled forward's sums to the window, but not in a checkpoint's second forward.
+
+    A compiled graph fixes all Python at the time of compiling. It calls an operator as it is, which asks each time.
+    """
     if not runs_in_backward():
         window.add_(sums)
 
 
 def note_forward(layer: Accumulating) -> None:
-    """Know that a training forward uses the statistics as they are now; not where a compiler looks.
+    """Note that a training forward uses the running statistics as they are now. Not called in compiled forwards.
 
     Raises:
-        RuntimeError: it is a checkpoint's second one, and the first used others. Its gradient would be wrong.
+        RuntimeError: it is a checkpoint's second forward, and the first one used other statistics: wrong gradients.
     """
     state = layer._accumulation
     if not runs_in_backward():
         state.has_normalised = True
+    # Policy "batch" looks at no running statistics.
     elif not state.has_normalised and state.normalization != "batch":
         raise RuntimeError(
             f"torch.utils.checkpoint runs the forward of layer {state.name or type(layer).__name__} again, but its "
@@ -261,6 +272,7 @@ def note_forward(layer: Accumulating) -> None:
 def warn_if_uncommitted(layer: Accumulating) -> None:
     """Say in an eval forward that its statistics lack what training forwards have seen."""
     state = layer._accumulation
+    # After a first commit, eval between two commits is ordinary.
     if state.is_open and not state.is_committed:
         _warn_once(
             layer,
@@ -290,7 +302,12 @@ def _warn_once(layer: Accumulating, kind: str, what: str) -> None:
 
 
 def commit_momentum(layer: Accumulating) -> float | None:
-    """The momentum to fold the open window with: of the forwards that counted, else what the next one would have."""
+    """The momentum for the open window: the last counted forward's; of an empty window, the layer's own.
+
+    Ranks compare it before a commit. So a rank with an empty window must say what the others say.
+    """
+    # A pause is momentum 0 for forwards that do not count.
+    # It may still be in force now, and is no factor of a commit.
     state, momentum = layer._accumulation, layer.momentum
     paused = momentum == 0 and not state.always_counts
     return state.momentum if state.is_open or paused else momentum

@@ -1,6 +1,7 @@
 """What a forward and a commit must ask about where they run: is a lockstep here, is a join open?
 
-A file of its own because layers and commits ask. `lockstep` and `join`, which know layers and commits, answer.
+`lockstep` and `join` import layers and commits, so these cannot import them. Both sides meet in this file: `lockstep`
+and `join` leave a note here while they run, and layers and commits read it.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class UnevenInputs(Protocol):
         """
 
 
+# By thread: in lockstep each micro-batch runs in its own.
 _here = threading.local()
 
 
@@ -65,9 +67,11 @@ def taking_part(participant: Participant) -> Iterator[None]:
     try:
         yield
     finally:
+        # Not what was before: a lockstep is never inside another.
         _here.participant = None
 
 
+# Of the process: a commit may come from another thread.
 _open_join: UnevenInputs | None = None
 
 
@@ -84,22 +88,25 @@ def joining(uneven: UnevenInputs) -> Iterator[None]:
     try:
         yield
     finally:
+        # Not what was before: join refuses to be in another.
         _open_join = None
 
 
 def refuse_ddps_own_join() -> None:
-    """Raise in a forward under ``DistributedDataParallel.join()``, whose joined ranks would miss the commit.
+    """Raise in a forward under ``DistributedDataParallel.join()``: ranks without inputs would miss the commit.
 
-    They wait in an all-reduce of one number. A commit's message would meet it, and gloo would abort the process.
-    Asked in the forward, every rank with inputs learns it in its first one, before any has run out.
+    Such a rank waits in an all-reduce of one number, for the next forward of the others. If they commit instead, their
+    longer message meets that number, and gloo aborts the process. Each forward asks, not the commit: so every rank
+    learns of it in its first forward, before any has run out of inputs.
     """
     ddp = ddp_in_forward()
     if ddp is None:
         return
     settings = join_settings(ddp)
-    # With early termination all ranks end at once: nobody misses a commit.
+    # With early termination all ranks end together.
     if not settings.enable or settings.throw_on_early_termination:
         return
+    # syncaccum.join uses DDP's own, and announces each commit.
     if _open_join is not None and _open_join.model is ddp:
         return
     raise CommitError(

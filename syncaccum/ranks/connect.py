@@ -15,7 +15,7 @@ from syncaccum.ranks.torch_transport import TorchTransport
 from syncaccum.ranks.transport import Alone, Transport
 
 _LONGEST = 2**20
-"""Bytes of text from one rank: some 10,000 layers, described."""
+"""Bytes of text from one rank, at most: enough to describe some 10,000 layers."""
 
 # What torchrun, Open MPI and MPICH set for every rank.
 _COUNTS_OF_RANKS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -36,6 +36,7 @@ def connect(group: Group, timeout: float | None = None, call: str = "commit") ->
         _refuse_to_be_alone(os.environ)
         return Alone()
     try:
+        # Both constructors raise ValueError for a group that is gone.
         if isinstance(group, Communicator):
             check_communicator(group.comm)
             return MPITransport(group, timeout, call)
@@ -51,6 +52,7 @@ def _refuse_to_be_alone(environment: Mapping[str, str]) -> None:
     """Raise where a launcher started several ranks, each of which would take itself for alone."""
     for name in _COUNTS_OF_RANKS:
         ranks = environment.get(name, "")
+        # Not set, or set to no number, is no launcher.
         if ranks.isdecimal() and int(ranks) > 1:
             raise CommitError(
                 f"this is one of {ranks} ranks ({name}={ranks}), and which one is not known before "
@@ -62,9 +64,10 @@ def _refuse_to_be_alone(environment: Mapping[str, str]) -> None:
 
 
 def gather_texts(transport: Transport, texts: Sequence[str], *, at_least: int = 0) -> list[list[str]]:
-    """Every rank's texts, in rank order. Collective: two all-reduces, so that it ends when they do.
+    """Every rank's texts, in rank order. Collective: two all-reduces.
 
-    JSON, and checked: nothing that a peer sends is executed. All ranks judge the same bytes and decide alike.
+    Not ``all_gather_object``: it unpickles what peers send, MPI has none of it, and it knows no timeout of ours. These
+    are JSON, and checked. All ranks judge the same bytes, so they decide alike.
 
     Raises:
         CommitError: a peer is gone, or sent something else than ``at_least`` so many texts.
@@ -72,13 +75,18 @@ def gather_texts(transport: Transport, texts: Sequence[str], *, at_least: int = 
     mine = json.dumps(list(texts)).encode()
     if len(mine) > _LONGEST:
         mine = json.dumps([f"{len(mine):,} bytes of text, too long to send"]).encode()
+    # First the lengths, so that all ranks make tables of one size.
+    # A sum where each rank fills its own place is a gather.
     home = transport.choose_device(torch.device("cpu"))
     sizes = torch.zeros(transport.size, dtype=torch.float64, device=home)
     sizes[transport.rank] = len(mine)
     transport.all_reduce(sizes)
+    # A peer with another version may send anything.
     if not ((sizes >= 0) & (sizes <= _LONGEST) & (sizes == sizes.floor())).all():
         raise CommitError(f"a peer sent texts of impossible lengths: {sizes.tolist()}")
     lengths = [int(length) for length in sizes.tolist()]
+    # Then the bytes, a row for each rank, as numbers.
+    # float64, because transports sum nothing else.
     table = torch.zeros(transport.size, max(lengths), dtype=torch.float64)
     table[transport.rank, : len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
     table = table.to(home)
@@ -93,6 +101,7 @@ def gather_texts(transport: Transport, texts: Sequence[str], *, at_least: int = 
 def _read_texts(sent: bytes, rank: int, at_least: int) -> list[str]:
     try:
         texts = json.loads(sent)
+    # RecursionError: thousands of brackets inside each other.
     except (ValueError, RecursionError) as error:
         raise CommitError(f"rank {rank} sent something that is no text: {type(error).__name__}") from error
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts) or len(texts) < at_least:

@@ -16,10 +16,10 @@ Group: TypeAlias = Any  # dist.ProcessGroup | mpi4py.MPI.Intracomm | None; torch
 
 
 class GroupHandle:
-    """Holds a layer's group so that the layer can be deep-copied; the group itself cannot be.
+    """Holds a layer's group, so that the layer can be deep-copied: a group itself cannot be.
 
-    A copy takes part in the same group. Pickling a layer that has a group of its own is refused: a group names
-    live connections of this process.
+    A copy takes part in the same group. A layer that has a group of its own cannot be pickled, because a group is made
+    of live connections of this process.
     """
 
     def __init__(self, group: Group) -> None:
@@ -50,17 +50,21 @@ class GroupHandle:
 
 
 def resolve_group(group: Group) -> Group:
-    """Something hashable that stands for the group; for None the default process group, or None without one."""
+    """Something hashable that stands for the group; for None the default process group, or None without one.
+
+    Asked at each commit, not at conversion: models are often converted before ``init_process_group``.
+    """
     if group is None:
         return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     if not _is_communicator(group):
         return group
-    # One that was freed since is told at its own turn: other groups must not miss theirs.
+    # A freed communicator gets a wrapper, too, and fails in connect.
+    # Failing here would keep this rank from its other groups.
     return Communicator.of(group) if group else Communicator(group)
 
 
 class Communicator:
-    """An mpi4py communicator, as something that is hashed by identity and remembers a failure."""
+    """An mpi4py communicator, as something that can be a key, and that remembers a failure."""
 
     def __init__(self, comm: Any) -> None:
         self.comm = comm
@@ -69,7 +73,9 @@ class Communicator:
 
     @classmethod
     def of(cls, comm: Any) -> Communicator:
-        """The one that belongs to this communicator. MPI itself keeps it until the communicator is freed."""
+        """The one that belongs to this communicator, for as long as that lives."""
+        # Several Python objects may stand for one communicator.
+        # Only MPI knows: it keeps ours as an attribute of its own.
         if cls._key is None:
             cls._key = type(comm).Create_keyval()
         communicator: Communicator | None = comm.Get_attr(cls._key)
@@ -91,5 +97,6 @@ def check_communicator(comm: Any) -> None:
     """Raise ValueError for one that this rank cannot reduce over."""
     if not comm:
         raise ValueError("process_group is MPI.COMM_NULL: this rank is not a member of it, or it was freed")
+    # Between two groups, a sum is that of the other group.
     if comm.is_inter:
         raise ValueError("process_group is an intercommunicator: pass an intracommunicator, such as comm.Merge()")

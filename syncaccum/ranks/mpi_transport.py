@@ -15,7 +15,7 @@ from syncaccum.ranks.transport import SHORTEST, count_down, lost_peer
 
 
 class MPITransport:
-    """Sums in host memory, in place."""
+    """Sums over an mpi4py communicator. In host memory, because not every MPI can read a GPU's."""
 
     def __init__(self, communicator: Communicator, timeout: float | None, call: str) -> None:
         self._communicator = communicator
@@ -29,6 +29,8 @@ class MPITransport:
         return torch.device("cpu")
 
     def all_reduce(self, flat: Tensor) -> None:
+        # Not imported: an import would call MPI_Init.
+        # The user's communicator comes from this very module.
         mpi = sys.modules["mpi4py.MPI"]
         if self._communicator.unfinished is not None:
             raise CommitError(
@@ -37,12 +39,13 @@ class MPITransport:
             )
         message = [flat, mpi.DOUBLE]
         try:
+            # A blocking call is the fastest, but it cannot be given up.
             if self._remaining is None:
                 self._comm.Allreduce(mpi.IN_PLACE, message)
             else:
                 self._wait(self._comm.Iallreduce(mpi.IN_PLACE, message), flat)
-                # A rank that timed out has sent its sums.
-                # A late peer would apply them; the barrier holds it back.
+                # A rank that gives up has sent its sums already.
+                # Without a barrier, a late peer would still apply them.
                 self._wait(self._comm.Ibarrier(), flat)
         except mpi.Exception as error:
             raise lost_peer(self) from error
@@ -52,7 +55,9 @@ class MPITransport:
         pause = 0.0
         while not request.Test():
             if self._remaining() <= SHORTEST:
+                # MPI may still write there: the memory must not be freed.
                 self._communicator.unfinished = request, memory
                 raise lost_peer(self)
             time.sleep(pause)
-            pause = min(pause + 1e-5, 1e-3)  # quick where peers are there, cheap where not
+            # Quick where peers are there, cheap where they are late.
+            pause = min(pause + 1e-5, 1e-3)

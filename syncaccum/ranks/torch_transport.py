@@ -8,20 +8,23 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-# DDP imports this module. Its functions then keep the default group of that moment as a default argument, for good.
-# destroy_process_group() would no longer end gloo's threads, and one may abort the process while Python exits.
-# Imported here, before a group exists in most programs, it keeps nothing.
+# DDP imports this module when it is built. A group exists by then.
+# The module's functions have the default group as a default argument,
+# and a default argument is kept for good.
+# destroy_process_group() then no longer ends gloo's threads.
+# One of them may abort the process while Python exits.
+# We import it earlier, mostly before any group exists: it keeps none.
 import torch.distributed.nn.functional
 from torch import Tensor
 
 from syncaccum.ranks.transport import SHORTEST, count_down, lost_peer
 
 _NOBODYS_TAG = 2**30 + 1
-"""Of messages that nobody sends: torch's own count up from 0, and so do users'."""
+"""A tag that no message has: torch counts its own up from 0, and so do users."""
 
 
 class TorchTransport:
-    """Sums over a ProcessGroup."""
+    """Sums over a ProcessGroup, on the device of the data where the group can."""
 
     def __init__(self, group: dist.ProcessGroup, timeout: float | None, call: str) -> None:
         self._group = group
@@ -32,6 +35,7 @@ class TorchTransport:
 
     def choose_device(self, device: torch.device) -> torch.device:
         reachable = self._list_backends()
+        # gloo reaches both kinds of memory, NCCL only that of GPUs.
         if device.type in reachable:
             return device
         return torch.device("cpu" if "cpu" in reachable else next(iter(reachable)))
@@ -45,19 +49,21 @@ class TorchTransport:
             if self._remaining is None:
                 dist.all_reduce(flat, group=self._group)
             else:
-                # Not by waiting less long: peers that come late would still apply it.
+                # The operation gets the limit, not the wait for it.
+                # After a short wait, late peers would still get the sum.
                 options = dist.AllreduceOptions()
                 options.timeout = timedelta(seconds=self._remaining())
                 self._group.allreduce([flat], options).wait()
         except RuntimeError as error:
+            # Peers may wait for this rank, and not for the lost one.
             self._hang_up(flat.device.type)
             raise lost_peer(self) from error
 
     def _hang_up(self, device_type: str) -> None:
-        """Close gloo's connections, so that peers that wait for this rank, and not for the lost one, learn of it too.
+        """Close gloo's connections, so that peers that wait for this rank learn of the failure, too.
 
-        gloo closes one connection when a peer closes it, all when something times out, and none when asked: torch's
-        ``abort()`` does nothing there. So something times out.
+        When a peer goes, gloo closes the connection to that peer only. When an operation times out, gloo closes all of
+        them. It has no call for that: torch's ``abort()`` does nothing with gloo. So an operation times out on purpose.
         """
         if self._list_backends().get(device_type) != "gloo":
             return

@@ -12,7 +12,7 @@ from torch import Tensor
 from syncaccum.errors import CommitError
 
 SHORTEST = 1e-3
-"""Seconds; gloo counts milliseconds, and takes 0 for no limit."""
+"""The shortest limit, in seconds: gloo counts milliseconds, and takes 0 for no limit."""
 
 
 class Transport(Protocol):
@@ -21,7 +21,7 @@ class Transport(Protocol):
     rank: int
     size: int
     call: str
-    """What its collectives are for, in messages: commit, lockstep."""
+    """What its collectives are for: commit, lockstep. Error messages name it."""
 
     def choose_device(self, device: torch.device) -> torch.device:
         """Where a tensor must live to be reduced; ``device`` itself where the group can reach it."""
@@ -31,7 +31,7 @@ class Transport(Protocol):
 
 
 class Alone:
-    """A group of this process only."""
+    """A group of this process only. Its sums are this rank's own."""
 
     rank = 0
     size = 1
@@ -45,9 +45,10 @@ class Alone:
 
 
 def count_down(timeout: float | None) -> Callable[[], float] | None:
-    """What is left of ``timeout`` seconds from now on, whenever asked."""
+    """A function that says how many of ``timeout`` seconds are left, from now on; None for no timeout."""
     if timeout is None:
         return None
+    # A wall clock may be set back while we wait.
     end = time.monotonic() + timeout
     return lambda: max(SHORTEST, end - time.monotonic())
 

@@ -81,14 +81,18 @@ def commit(model: nn.Module, *, timeout: float | timedelta | None = None) -> Com
         TooFewValuesError: one value per channel globally; a ValueError.
         CommitError: a peer is gone, stuck or did not call commit until the timeout.
 
-    After an error, running statistics are bit-unchanged and the window is as it was. What a signal handler raises,
-    such as KeyboardInterrupt, leaves all layers of a group as they were, or all as they are after the commit.
+    After an error, running statistics are bit-unchanged and the window is as it was, in each group that failed. What a
+    signal handler raises, such as KeyboardInterrupt, leaves all layers of a group as they were, or all committed.
+
+    Sums, mean and variance are float64; only the result is rounded to the dtype of the running statistics.
+
+    Source: the update of nn.BatchNorm, with the global batch in the place of its batch.
     """
     return commit_layers(tracking_layers(model), to_seconds(timeout))
 
 
 def to_seconds(timeout: float | timedelta | None) -> float | None:
-    """A commit's timeout; raises ValueError where it is no positive number."""
+    """A timeout in seconds, None for the group's own. Raises ValueError where it is no positive number."""
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
     if seconds is not None and not 0 < seconds < math.inf:
         raise ValueError(f"timeout is {timeout}: give a positive number of seconds, or None for the group's own")
@@ -109,6 +113,7 @@ def commit_layers(
     A window that ``on_nonfinite="discard"`` drops is reported as one without values.
     """
     start = time.perf_counter()
+    # Ranks without inputs wait for word of what comes.
     if (join := surroundings.open_join()) is not None:
         join.announce_commit([layer for _, layer in layers], discards=on_nonfinite == "discard")
     values: dict[str, int] = {}
@@ -122,7 +127,7 @@ def commit_layers(
         except NonFiniteStatisticsError as error:
             if on_nonfinite == "raise":
                 raise
-            # All ranks of the group have this error and do the same.
+            # All ranks of the group have this error, and do this.
             run_uninterrupted(steps_of_drop([layer._accumulation for _, layer in members]))
             discarded.append(error.where)
             counts = [0] * len(members)
@@ -132,7 +137,8 @@ def commit_layers(
     try:
         for_each_group(layers, commit_group)
     finally:
-        # Last: it may be an error, and the next group's peers wait.
+        # Last: a warning may be made an error, and peers of the
+        # next group would wait for this rank.
         if discarded:
             _warn_of_discarded(discarded)
     applied = tuple(name for name, count in values.items() if count > 0)
@@ -148,22 +154,25 @@ def _warn_of_discarded(where: Sequence[str]) -> None:
 
 
 def _is_ours(layer: Accumulating, count: int) -> bool:
-    """Whether to report the layer: not one that turned out to normalise by itself."""
+    """Whether the report has the layer. One that normalises by itself had nothing to commit."""
     return count > 0 or not layer._accumulation.normalises_itself
 
 
 def _commit_group(group: Group, transport: Transport, members: Sequence[NamedLayer]) -> list[int]:
-    # Without no_grad, which a signal may leave in force. Nothing here requires gradients.
+    # No no_grad: a signal inside of it may leave it in force.
+    # Nothing here requires gradients.
     layout, message_size = verify_layout(group, transport, members)
     windows = [layer._accumulation.window for _, layer in members]
     reduced = reduce_windows(transport, layout.fingerprint, message_size, windows)
     counts = _judge(group, transport, layout, members, reduced)
     seen = [member for member, count in zip(members, counts, strict=True) if count > 0]
+    # The usual case. The other one builds a smaller message first.
     if len(seen) == len(members):
         _apply(layout, seen, reduced)
     elif seen:
         _apply_to_some(layout, counts, seen, reduced)
     for _, layer in members:
+        # Also of layers without values: a commit there was.
         layer._accumulation.is_committed = True
     return counts
 
@@ -171,10 +180,11 @@ def _commit_group(group: Group, transport: Transport, members: Sequence[NamedLay
 def reduce_windows(
     transport: Transport, fingerprint: Fingerprint, message_size: int, windows: Sequence[Tensor]
 ) -> Tensor:
-    """A header and these windows summed over the ranks, where the windows live. Collective."""
+    """A header and these windows, summed over the ranks, on the device of the windows. Collective."""
     home = windows[0].device
     header = torch.tensor(fingerprint.header(), dtype=torch.float64, device=home)
     size = HEADER + sum(window.numel() for window in windows)
+    # All messages of a group have one length: see verify_layout.
     padding = header.new_zeros(message_size - size)
     message = _concatenate([header, *windows, padding], transport.choose_device(home))
     transport.all_reduce(message)
@@ -182,7 +192,7 @@ def reduce_windows(
 
 
 def _concatenate(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """torch.cat on ``device``, in one transfer where the tensors share another one."""
+    """torch.cat on ``device``. One transfer if all tensors are on one device, else one for each."""
     home = tensors[0].device
     if all(tensor.device == home for tensor in tensors):
         return torch.cat(list(tensors)).to(device)
@@ -192,16 +202,18 @@ def _concatenate(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 def _judge(
     group: Group, transport: Transport, layout: Layout, members: Sequence[NamedLayer], reduced: Tensor
 ) -> list[int]:
-    """Values per channel by layer; raises on what no rank may apply. Reduced values only, so all ranks agree."""
+    """Values per channel by layer. Raises on what no rank may apply, from reduced values: all ranks raise or none."""
     at, *_ = layout.indices(reduced.device)
-    # One transfer: on a GPU each would wait for the device.
-    # NaN and Inf survive a sum, which is the fastest look.
+    # All in one tolist(): on a GPU each would wait for the device.
+    # NaN and Inf survive the sum of everything: no mask is needed.
     *verdict, checksum = torch.cat([reduced[:HEADER], reduced[at], reduced.sum().reshape(1)]).tolist()
     header, counts = verdict[:HEADER], verdict[HEADER:]
+    # First: sums of different layers mean nothing.
     if not layout.fingerprint.agrees(header, transport.size):
         raise_layout_mismatch(group, transport, members)
     if not math.isfinite(checksum):
         _raise_non_finite(transport, members)
+    # n / (n - 1) has no value for one.
     lonely = [name for (name, _), count in zip(members, counts, strict=True) if count == 1]
     if lonely:
         raise TooFewValuesError(
@@ -213,9 +225,11 @@ def _judge(
 
 def _raise_non_finite(transport: Transport, members: Sequence[NamedLayer]) -> NoReturn:
     """Name the layers and ranks. Collective."""
+    # Ranks know only their own windows: each names its layers.
     ours = [name for name, layer in members if not layer._accumulation.window.isfinite().all()]
     by_rank = gather_texts(transport, ours)
     where = "; ".join(f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(by_rank) if names)
+    # Finite windows may add up to Inf.
     where = where or "only in the sum over ranks"
     error = NonFiniteStatisticsError(
         f"NaN or Inf in the window ({where}); running statistics are unchanged and "
@@ -227,6 +241,7 @@ def _raise_non_finite(transport: Transport, members: Sequence[NamedLayer]) -> No
 
 def _apply_to_some(layout: Layout, counts: Sequence[int], seen: Sequence[NamedLayer], reduced: Tensor) -> None:
     """Apply, leaving out the layers that no rank has seen data for."""
+    # As if the other layers were not in the model.
     header, *sums = torch.split(reduced, layout.sizes)
     kept = [s for s, count in zip(sums, counts, strict=True) if count > 0]
     key = tuple(k for k, count in zip(layout.key, counts, strict=True) if count > 0)
@@ -236,20 +251,27 @@ def _apply_to_some(layout: Layout, counts: Sequence[int], seen: Sequence[NamedLa
 def _apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> None:
     """Fold the reduced sums into the running statistics, and start a new window: all of it or, on an error, nothing.
 
-    All channels of all layers at once: per-layer operations would take longer than the all-reduce.
+    All channels of all layers at once: a few operations for each layer would take longer than the all-reduce.
     """
+    # m = S1 / n and v = S2 / n - m^2 of the global batch,
+    # one row of means and one of variances.
     _, at_count, at_sums = layout.indices(reduced.device)
     n = reduced.index_select(0, at_count)
-    update = reduced.index_select(0, at_sums).view(2, -1).div_(n)  # mean, and mean of squares
+    update = reduced.index_select(0, at_sums).view(2, -1).div_(n)
     mean, variance = update.unbind()
+    # In place: variance is a view of update's second row.
+    # Rounding can leave a constant channel below zero.
+    # n / (n - 1): running_var is unbiased, as nn.BatchNorm's.
     variance.addcmul_(mean, mean, value=-1).clamp_min_(0).mul_(n / (n - 1))
     layers = [layer for _, layer in members]
     buffers = [buffers_of(layer) for layer in layers]
     current = [cast(Tensor, b[name]) for name in ("running_mean", "running_var") for b in buffers]
+    # New statistics, computed in float64, then rounded once.
     old = _concatenate(current, reduced.device).to(torch.float64).view(2, -1)
     new = torch.lerp(old, update, _factors(layers, layout, reduced.device)).view(-1)
     rounded, stored = _round_as_stored(new, layout, current)
     _judge_rounded(layout, members, current, rounded)
+    # Until here nothing has changed. What follows does not fail.
     counters = [batches for b in buffers if (batches := b["num_batches_tracked"]) is not None]
     states = [layer._accumulation for layer in layers]
     run_uninterrupted(
@@ -257,15 +279,17 @@ def _apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> No
             partial(copy_all, current, stored),
             partial(add_to_all, counters, 1),
             *steps_of_drop(states),
+            # A checkpoint's second forward would now see other statistics.
             *(partial(setattr, state, "has_normalised", False) for state in states),
         ]
     )
 
 
 def _round_as_stored(new: Tensor, layout: Layout, current: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Float64 statistics as their buffers will hold them: in one piece, and one for each buffer."""
+    """The new statistics in the dtype of their buffers: once in one piece to judge, once for each buffer to copy."""
     sizes = list(layout.widths * 2)
     if len({buffer.dtype for buffer in current}) == 1:
+        # The usual case: one cast for all.
         rounded = new.to(current[0].dtype)
         return rounded, list(torch.split(rounded, sizes))
     pieces = [piece.to(buffer.dtype) for piece, buffer in zip(torch.split(new, sizes), current, strict=True)]
@@ -275,12 +299,14 @@ def _round_as_stored(new: Tensor, layout: Layout, current: Sequence[Tensor]) -> 
 def _judge_rounded(layout: Layout, members: Sequence[NamedLayer], current: Sequence[Tensor], rounded: Tensor) -> None:
     """Raise on new statistics that their dtype cannot hold.
 
-    They come from reduced values and from running statistics, which are equal on all ranks: so all decide alike.
+    They come from reduced values and from running statistics. Both are equal on all ranks, so all decide alike.
     """
-    # NaN and Inf survive a sum, which is the fastest look.
+    # float32 at least: a float16 sum of good values may be Inf.
     if math.isfinite(rounded.sum(dtype=torch.promote_types(rounded.dtype, torch.float32)).item()):
         return
+    # The sum itself may be too large: now look at each layer.
     after = _find_non_finite(members, torch.split(rounded, list(layout.widths * 2)))
+    # Spoilt before: discarding the window would not help.
     if spoilt := [name for name in _find_non_finite(members, current) if name in after]:
         raise NonFiniteStatisticsError(
             f"running statistics held NaN or Inf before this commit, in {', '.join(spoilt)}; nothing has changed and "
@@ -296,7 +322,7 @@ def _judge_rounded(layout: Layout, members: Sequence[NamedLayer], current: Seque
 
 
 def _find_non_finite(members: Sequence[NamedLayer], statistics: Sequence[Tensor]) -> list[str]:
-    """Layers with NaN or Inf among their means, which come first, and variances."""
+    """The layers with NaN or Inf in their statistics: first come the means of all layers, then their variances."""
     bad = [not bool(tensor.isfinite().all()) for tensor in statistics]
     pairs = zip(bad[: len(members)], bad[len(members) :], strict=True)
     return [name for (name, _), pair in zip(members, pairs, strict=True) if any(pair)]
@@ -305,6 +331,7 @@ def _find_non_finite(members: Sequence[NamedLayer], statistics: Sequence[Tensor]
 def _factors(layers: Sequence[Accumulating], layout: Layout, device: torch.device) -> Tensor | float:
     """How much of the new statistics to take: momentum, or 1 / (batches so far, this one included)."""
     momenta = [commit_momentum(layer) for layer in layers]
+    # One number for all needs no tensor on the device.
     if None not in momenta and len(set(momenta)) == 1:
         return cast(float, momenta[0])
     factors = [_count_in(layer) if m is None else m for layer, m in zip(layers, momenta, strict=True)]
@@ -313,6 +340,6 @@ def _factors(layers: Sequence[Accumulating], layout: Layout, device: torch.devic
 
 
 def _count_in(layer: Accumulating) -> float:
-    """The share of the next batch in a cumulative average; 0 without a counter, as in nn.BatchNorm."""
+    """The share of the next batch in a cumulative average. Without a counter it is 0, as in nn.BatchNorm."""
     batches = buffers_of(layer)["num_batches_tracked"]
     return 0.0 if batches is None else 1.0 / (int(batches) + 1)

@@ -20,6 +20,7 @@ def discard(model: nn.Module) -> None:
     Raises:
         NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
     """
+    # All windows or none, also if a signal comes.
     run_uninterrupted(steps_of_drop([layer._accumulation for _, layer in tracking_layers(model)]))
 
 
@@ -46,6 +47,7 @@ def not_counted(model: nn.Module) -> Iterator[None]:
     """
     states = [layer._accumulation for _, layer in tracking_layers(model)]
     for state in states:
+        # A count, not a flag: the contexts may be nested.
         state.uncounted += 1
     try:
         yield

@@ -20,7 +20,8 @@ from syncaccum.torch_private import set_join_settings
 from syncaccum.window.commit import OnNonFinite, commit_layers
 from syncaccum.window.layers import tracking_layers
 
-# By what is summed over the ranks: commits, and those that discard NaN and Inf.
+# What a rank with inputs is about to do, as two numbers to sum:
+# does it commit, and does that commit discard NaN and Inf?
 _FORWARD, _COMMIT, _DISCARDING_COMMIT = (0.0, 0.0), (1.0, 0.0), (1.0, 1.0)
 
 
@@ -62,25 +63,33 @@ def join(ddp: DistributedDataParallel) -> Iterator[None]:
     """
     if not isinstance(ddp, DistributedDataParallel):
         raise TypeError(f"join takes a DistributedDataParallel, got {type(ddp).__name__}")
+    # A rank cannot wait for two joins at once.
     if surroundings.open_join() is not None:
         raise RuntimeError("join inside join: this process can be in one at a time")
     joinable = _Joinable(ddp)
     context = Join([joinable])
-    # Of DDP's own join we need all but its announcement of each forward.
+    # DDP shall act as in its own join, but for one thing.
+    # It would announce forwards by itself, and know nothing of commits.
+    # Not being the first joinable keeps it from that: we announce both.
     set_join_settings(ddp, enable=True, throw_on_early_termination=False, is_first_joinable=False)
     handle = ddp.register_forward_pre_hook(lambda *_: joinable.announce(_FORWARD))
     try:
         with surroundings.joining(joinable):
             yield
             with warnings.catch_warnings(), context:
-                pass  # leaving it waits; torch sets a filter of warnings there
+                # Leaving it waits for the others. torch then sets a
+                # filter of warnings, which must not stay.
+                pass
     finally:
         handle.remove()
         set_join_settings(ddp, enable=False)
 
 
 class _Joinable(Joinable):
-    """What waiting ranks shadow: one iteration of torch's Join is a forward with its backward, or a commit."""
+    """What torch's Join runs. One iteration is a forward with its backward, or a commit.
+
+    Ranks with inputs announce each iteration. Ranks without inputs wait for that, and then do their part of it.
+    """
 
     def __init__(self, ddp: DistributedDataParallel) -> None:
         super().__init__()
@@ -91,6 +100,7 @@ class _Joinable(Joinable):
 
     def join_hook(self, **_: Any) -> JoinHook:
         forward = self.model.join_hook(divide_by_initial_world_size=True)  # type: ignore[no-untyped-call]
+        # DDP's hook does the forward's part; ours chooses.
         return _Hook(self, forward)
 
     @property
@@ -103,14 +113,18 @@ class _Joinable(Joinable):
         return self.model.join_process_group
 
     def announce_commit(self, layers: Sequence[nn.Module], *, discards: bool) -> None:
+        # A waiting rank commits because others have announced it.
         if self._waiting:
-            return  # this commit is the answer to an announcement
+            return
+        # Waiting ranks can only commit the model that they know.
         if list(layers) != self._layers:
             raise CommitError("inside join only its model can be committed, as a whole: commit(ddp)")
         self.announce(_DISCARDING_COMMIT if discards else _COMMIT)
 
     def announce(self, kind: tuple[float, float]) -> None:
         """Say on a rank that has inputs what it is about to do. Collective, with those that wait."""
+        # torch's all-reduce tells the waiting ranks that something comes,
+        # and our own then says what.
         work = Join.notify_join_context(self)
         assert work is not None  # it is the first and only joinable
         work.wait()
@@ -119,6 +133,7 @@ class _Joinable(Joinable):
     def shadow(self, forward: JoinHook) -> None:
         """Do on a rank that waits what the others have announced. Collective."""
         self._waiting = True
+        # Adds zeros: what the others do decides.
         kind = self._exchange(_FORWARD, present=0.0)
         if kind == _FORWARD:
             forward.main_hook()
@@ -132,6 +147,7 @@ class _Joinable(Joinable):
         message = torch.tensor([*kind, present], dtype=torch.float64, device=device)
         self._transport.all_reduce(message)
         commits, discards, ranks = message.tolist()
+        # All ranks judge the same sums, and raise together.
         if commits not in (0.0, ranks):
             raise CommitError(
                 f"{commits:.0f} of {ranks:.0f} ranks that still have inputs commit and the others go on with their "

@@ -15,7 +15,9 @@ NamedLayer = tuple[str, Accumulating]
 R = TypeVar("R")
 
 # Modules that stand for another one, and the name they hold it by.
-# Ranks and checkpoints may wrap differently.
+# Layers are named without them, because ranks may wrap differently,
+# and so may the program that loads a checkpoint.
+# By class name: the classes need not be imported.
 _WRAPPERS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
@@ -38,6 +40,7 @@ def named_layers(model: nn.Module) -> list[NamedLayer]:
     layers: list[NamedLayer] = []
     wrapped: set[str] = set()
     for name, module in model.named_modules():
+        # named_modules comes to a wrapper before what is in it.
         if type(module).__name__ in _WRAPPERS:
             wrapped.add(f"{name}.{_WRAPPERS[type(module).__name__]}".removeprefix("."))
         if isinstance(module, Accumulating):
@@ -59,9 +62,10 @@ def _unwrap_name(name: str, wrapped: set[str]) -> str:
 
 
 def for_each_group(layers: Sequence[NamedLayer], act: Callable[[Group, Sequence[NamedLayer]], R]) -> list[R]:
-    """Do something collective with the layers of each group; raises after the last group what failed in some.
+    """Do something collective with the layers of each group, one group after the other.
 
-    A failure in one group must not keep this rank from the next group's all-reduce: its peers wait there.
+    What fails in one group is raised after the last group. Raised at once, it would keep this rank from the next
+    group's all-reduce, where peers wait for it.
 
     Raises:
         CommitError: of the first group that failed. Where others did not, it names the layers of both.
@@ -74,12 +78,13 @@ def for_each_group(layers: Sequence[NamedLayer], act: Callable[[Group, Sequence[
         except CommitError as error:
             failed.append((members, error))
     if failed:
+        # The cause stays the one of the first error.
         raise _name_parts(layers, failed) from failed[0][1].__cause__
     return done
 
 
 def _by_group(layers: Sequence[NamedLayer]) -> dict[Group, list[NamedLayer]]:
-    """Layers by resolved group, both in module order, which is the same on all ranks."""
+    """Layers by resolved group, both in module order: so all ranks come to their common groups in the same order."""
     by_group: dict[Group, list[NamedLayer]] = {}
     default = resolve_group(None)  # once, for some hundred layers
     for named in layers:
@@ -91,12 +96,13 @@ def _by_group(layers: Sequence[NamedLayer]) -> dict[Group, list[NamedLayer]]:
 def _name_parts(
     layers: Sequence[NamedLayer], failed: Sequence[tuple[Sequence[NamedLayer], CommitError]]
 ) -> CommitError:
-    """The first error. Where some layers are of other groups, with the names of those it is about, and of those not."""
+    """The first error. If other groups did not fail, it also names the layers that are done and those that are not."""
     first = failed[0][1]
     unchanged = [name for members, _ in failed for name, _ in members]
     done = [name for name, _ in layers if name not in unchanged]
     if not done:
         return first
+    # Callers catch the kinds of CommitError: keep the kind.
     return type(first)(
         f"{first}. The layers have several process groups, and each is all or nothing: unchanged are "
         f"{', '.join(unchanged)}; done are {', '.join(done)}"

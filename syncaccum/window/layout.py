@@ -1,4 +1,4 @@
-"""What a commit's message looks like, and that ranks have the same layers before they send one."""
+"""The layout of a commit's message, and the check that all ranks have the same one before they send sums."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from syncaccum.torch_private import buffers_of
 from syncaccum.window.layers import NamedLayer
 
 Key = tuple[tuple[Any, ...], ...]
-"""Of each layer, what all ranks must agree on."""
+"""What all ranks must agree on: for each layer its name, width, dtype, eps, momentum and policy."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A message: a header, then each layer's packed moments."""
+    """What a message is made of: a header, then each layer's packed moments. Zeros may follow."""
 
     key: Key
     fingerprint: Fingerprint
@@ -47,24 +47,30 @@ class Layout:
         return _find_indices(self.widths, device)
 
 
+# Remembered: a few operations for each layer add up.
 @functools.lru_cache(maxsize=16)
 def _find_indices(widths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     ends = list(itertools.accumulate(map(Moments.packed_size, widths), initial=HEADER))
+    # Unpacked positions in place of values: Moments alone knows
+    # where in a packed tensor what is.
     positions = [Moments.unpack(torch.arange(start, end)) for start, end in itertools.pairwise(ends)]
     counts = torch.stack([p.count for p in positions])
+    # Each channel gets its layer's count, for one division of all.
     of_channels = counts.repeat_interleave(torch.tensor(widths))
     sums = torch.cat([p.total for p in positions] + [p.total_sq for p in positions])
     return counts.to(device), of_channels.to(device), sums.to(device)
 
 
 def verify_layout(group: Group, transport: Transport, members: Sequence[NamedLayer]) -> tuple[Layout, int]:
-    """This rank's layout, once all ranks are known to have the same, and the size of the group's messages.
+    """This rank's layout, once all ranks are known to have the same, and the length of the group's messages.
 
-    gloo aborts the process or returns wrong sums when ranks send different sizes. So all messages of a group are as
-    long as the longest agreed on so far, and ranks at odds find it in the header.
+    When ranks send messages of different lengths, gloo aborts the process or returns wrong sums. So a group has one
+    length for all its messages: that of the longest layout agreed on so far. A message that proposes a new layout has
+    this length, too: it is a header and zeros. So it may safely meet another message, and both senders find in
+    the summed header that they are at odds. Only after all ranks have agreed does the length grow.
 
-    Collective where the layout is new to the group. Then the ranks must also have tracked equally many batches: those
-    that were together when a peer died in mid-commit may not have.
+    Collective where the layout is new to the group. Then ``num_batches_tracked`` must be the same on all ranks, too:
+    if a peer died during a commit, some of the others may have finished that commit, and some not.
     """
     layout = _recall_layout(_describe_layers(members))
     size = sum(layout.sizes)
@@ -72,6 +78,7 @@ def verify_layout(group: Group, transport: Transport, members: Sequence[NamedLay
         return layout, size
     agreement = agreement_of(group)
     if layout.key not in agreement.keys:
+        # First time in this group: compare before any sums are sent.
         proposal = Fingerprint.of(layout.key, _batches_tracked(group, members))
         device = transport.choose_device(members[0][1]._accumulation.window.device)
         message = torch.zeros(agreement.message_size, dtype=torch.float64, device=device)
@@ -83,6 +90,7 @@ def verify_layout(group: Group, transport: Transport, members: Sequence[NamedLay
     return layout, agreement.message_size
 
 
+# Remembered: a fingerprint of some hundred layers takes a while.
 _recall_layout = functools.lru_cache(maxsize=16)(Layout.of)
 
 
@@ -94,6 +102,8 @@ def _describe_layer(name: str, layer: Accumulating) -> tuple[Any, ...]:
     running_mean = buffers_of(layer)["running_mean"]
     dtype = None if running_mean is None else running_mean.dtype
     momentum = commit_momentum(layer)
+    # float(): a NumPy number has another repr, and so another
+    # fingerprint.
     momentum = None if momentum is None else float(momentum)
     state = layer._accumulation
     policy = state.normalization, state.r_max, state.d_max, state.prior_count
@@ -108,7 +118,7 @@ def _render_layer(described: tuple[Any, ...]) -> str:
 
 
 def _batches_tracked(group: Group, members: Sequence[NamedLayer]) -> list[str]:
-    """num_batches_tracked of the layers that the group commits; others may be at odds over it."""
+    """num_batches_tracked of those layers that this group commits. Over others its ranks may well be at odds."""
     tracked = (
         layer.num_batches_tracked if resolve_group(layer._accumulation.handle.group) is group else None
         for _, layer in members
@@ -120,6 +130,7 @@ def raise_layout_mismatch(
     group: Group, transport: Transport, members: Sequence[NamedLayer], call: str = "commit"
 ) -> NoReturn:
     """Name the first difference between the ranks' calls, layers, or batches tracked. Collective."""
+    # All ranks see the same texts, and raise the same.
     everyones = gather_texts(transport, [call, *map(_render_layer, _describe_layers(members))], at_least=1)
     _compare_calls([texts[0] for texts in everyones])
     for rank, theirs in enumerate(everyones):
@@ -129,6 +140,7 @@ def raise_layout_mismatch(
                     f"layer {index - 1} differs between ranks: rank 0 has {first}, rank {rank} has {other}. "
                     "Build and convert the same model on every rank; nothing was sent"
                 )
+    # Layers are equal: is it the batches tracked?
     everyones = gather_texts(transport, _batches_tracked(group, members))
     for rank, theirs in enumerate(everyones):
         for (name, _), first, other in zip(members, everyones[0], theirs, strict=False):

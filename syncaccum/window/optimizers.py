@@ -26,6 +26,7 @@ def find_optimizers(given: Any) -> list[Optimizer]:
         return list(dict.fromkeys(_unwrap_one(given)))
     if not given:
         raise ValueError("no optimizer was given: there is no step to commit after")
+    # dict.fromkeys: each once, in order.
     return list(dict.fromkeys(found for part in _parts(given) for found in find_optimizers(part)))
 
 
@@ -37,13 +38,17 @@ def _unwrap_one(given: Any) -> list[Optimizer]:
             f"{_INSTEAD}"
         )
     for optimizer in found:
+        # torch wraps every step in its hooks: look inside.
         if inspect.unwrap(type(optimizer).step) is inspect.unwrap(Optimizer.step):
             raise TypeError(f"{type(optimizer).__name__} has no step of its own that could be seen: {_INSTEAD}")
     return found
 
 
 def _unwrap(wrapper: Any, outer: frozenset[int]) -> list[Optimizer]:
-    """The innermost optimizers in a wrapper; of an optimizer that holds no other, itself."""
+    """The innermost optimizers in a wrapper. Of an optimizer that holds no other, itself.
+
+    ``outer`` has the wrappers around it: some hold a reference back to what holds them.
+    """
     outer |= {id(wrapper)}
     held = [part for value in getattr(wrapper, "__dict__", {}).values() for part in _parts(value)]
     inner = [
@@ -51,8 +56,9 @@ def _unwrap(wrapper: Any, outer: frozenset[int]) -> list[Optimizer]:
     ]
     if not isinstance(wrapper, Optimizer):
         return inner
-    # It may hold others with another task: not its parameters.
-    # Of several it alone knows when each steps.
+    # It may hold an optimizer of other parameters, with another task.
+    # If it holds several of its own, it alone knows who steps when:
+    # then its own step is the one to see.
     ours = list(dict.fromkeys(found for found in inner if _share_parameters(wrapper, found)))
     return ours if len(ours) == 1 else [wrapper]
 
@@ -64,13 +70,17 @@ def _parts(value: Any) -> Iterable[Any]:
 
 
 def _is_like_optimizer(value: Any) -> bool:
-    """Also of those that are none by class. Schedulers have no zero_grad, modules are asked by nobody to step."""
+    """Whether it is an optimizer by class or by its methods. Schedulers have no zero_grad.
+
+    Modules have one, and some have a step of their own, too. None of them is an optimizer.
+    """
     if isinstance(value, type | nn.Module):
         return False
     return isinstance(value, Optimizer) or all(callable(getattr(value, n, None)) for n in ("step", "zero_grad"))
 
 
 def _share_parameters(wrapper: Optimizer, inner: Optimizer) -> bool:
+    # Nothing to compare: take what it holds for its own.
     if not hasattr(wrapper, "param_groups"):
         return True
     return not {id(p) for p in _parameters(wrapper)}.isdisjoint(id(p) for p in _parameters(inner))
@@ -83,18 +93,22 @@ def _parameters(optimizer: Optimizer) -> Iterator[Any]:
 def hook_step(
     optimizer: Optimizer, before: Callable[..., None], after: Callable[..., None]
 ) -> tuple[RemovableHandle, RemovableHandle]:
-    """Call these with the optimizer around each step. Steps that call the class above's step are seen twice."""
-    # As unpickling does. Many wrappers never call Optimizer.__init__, which lays the hooks.
+    """Call these with the optimizer before and after each step.
+
+    A step that calls its parent class's step is seen twice, one inside the other.
+    """
+    # Many wrappers never call Optimizer.__init__, which makes room for hooks.
+    # __setstate__ makes it, too, as when an optimizer is unpickled.
     Optimizer.__setstate__(optimizer, {} if hasattr(optimizer, "defaults") else {"defaults": {}})
     if not getattr(optimizer.step, "hooked", False):
         _hook_replaced_step(optimizer)
-    # A compiled step would trace what they do.
+    # torch.compile would trace the hooks together with the step.
     pre, post = (torch.compiler.disable(hook) for hook in (before, after))  # type: ignore[no-untyped-call]
     return optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)
 
 
 def _hook_replaced_step(optimizer: Optimizer) -> None:
-    """Hook a step that somebody put on the instance, which need not call the class's step, where torch's hooks are."""
+    """Hook a step that somebody has put on the instance. torch hooks the class's step, which that may never call."""
     replaced = optimizer.step
 
     def step(_: Optimizer, *args: Any, **kwargs: Any) -> Any:

@@ -32,7 +32,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any
     and knows no ranks.
 
     All modules are in training mode meanwhile, as in ``update_bn``, and each batch is normalised with its own
-    statistics. No gradient is recorded. Open windows are dropped. ``num_batches_tracked`` becomes 1. ``momentum``,
+    statistics. The sums are float64. No gradient is recorded. Open windows are dropped. ``num_batches_tracked`` becomes 1. ``momentum``,
     policies and training flags are afterwards what they were.
 
     Collective: every rank calls it, also one without batches. It costs one commit: one all-reduce.
@@ -53,6 +53,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any
         ValueError: one value per channel in some batch, as nn.BatchNorm.
         Whatever ``batches`` and ``forward`` raise, on that rank. All statistics are then what they were.
 
+    Source: Izmailov et al. 2018 (arXiv:1803.05407), which does so after averaging weights.
+
     Example::
 
         >>> averaged = torch.optim.swa_utils.AveragedModel(syncaccum.convert_sync_accum(model))
@@ -64,6 +66,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any
         try:
             for batch in batches:
                 _call(model, batch) if forward is None else forward(batch)
+        # Not BaseException: an interrupt should end this rank at once.
         except Exception:
             _tell_peers(layers)
             raise
@@ -81,6 +84,7 @@ def _call(model: nn.Module, batch: Any) -> None:
 
 @contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
+    # One flag for each module: users may have some in eval mode.
     flags = {module: module.training for module in model.modules()}
     model.train()
     try:
@@ -96,8 +100,11 @@ def _measuring(layers: Sequence[Accumulating]) -> Iterator[None]:
     before = [_Before(layer) for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None  # the first commit then replaces all
+        # A cumulative average: the first batch replaces all.
+        layer.momentum = None
+        # As in update_bn. The committed statistics are gone meanwhile.
         layer._accumulation.normalization = "batch"
+        # A layer that is paused with momentum 0 is measured, too.
         layer._accumulation.always_counts = True
     try:
         yield
@@ -107,7 +114,7 @@ def _measuring(layers: Sequence[Accumulating]) -> Iterator[None]:
 
 
 class _Before:
-    """A layer's settings and statistics before."""
+    """A layer's settings and statistics before, and the way back to them."""
 
     def __init__(self, layer: Accumulating) -> None:
         state = layer._accumulation
@@ -115,6 +122,7 @@ class _Before:
         self._momentum = layer.momentum
         self._settings = {name: getattr(state, name) for name in ("normalization", "always_counts", "uncounted")}
         self._buffers = {name: b.clone() for name, b in buffers_of(layer).items() if b is not None}
+        # Also inside of not_counted: this data is to be counted.
         state.uncounted = 0
 
     def restore(self) -> None:
@@ -122,6 +130,7 @@ class _Before:
         layer.momentum = self._momentum
         for name, value in self._settings.items():
             setattr(state, name, value)
+        # Still 0: there was no commit, so the old statistics come back.
         if not _tensor_of(layer, "num_batches_tracked"):
             state.drop()
             for name, value in self._buffers.items():
@@ -135,7 +144,10 @@ def _tensor_of(layer: nn.Module, name: str) -> Tensor:
 
 
 def _tell_peers(layers: Sequence[NamedLayer]) -> None:
-    """Let a failure here end the commit that the peers are waiting in. Collective, with their commit."""
+    """End the commit that peers wait in, after a failure on this rank. Collective, together with their commit.
+
+    This rank sends a message of the right length with another fingerprint. So the peers raise, and need no timeout.
+    """
 
     def fail(group: Group, members: Sequence[NamedLayer]) -> None:
         transport = connect(group, call=_CALL)
@@ -143,6 +155,7 @@ def _tell_peers(layers: Sequence[NamedLayer]) -> None:
         failure = Fingerprint.of(layout.key, _CALL, "failed")
         windows = [layer._accumulation.window for _, layer in members]
         reduced = reduce_windows(transport, failure, message_size, windows)
+        # They agree only if the forward failed on all ranks.
         if not failure.agrees(reduced[:HEADER].tolist(), transport.size):
             raise_layout_mismatch(group, transport, members, f"{_CALL}, whose forward failed")
 

@@ -1,4 +1,4 @@
-"""A model's open windows in checkpoints: save, gather, load."""
+"""A model's open windows in checkpoints: save, gather, load. Not in state_dict, whose keys are nn.BatchNorm's."""
 
 from __future__ import annotations
 
@@ -72,13 +72,14 @@ def _gather_group(group: Group, members: Sequence[NamedLayer]) -> dict[str, Tens
     call = "gather_window_state_dict"
     transport = connect(group, call=call)
     layout, message_size = verify_layout(group, transport, members)
-    # Of its own: a peer that commits meanwhile must not take this for a commit.
+    # Of its own: a peer that commits now must not take this for one.
     fingerprint = Fingerprint.of(layout.key, call)
     windows = [layer._accumulation.window for _, layer in members]
     reduced = reduce_windows(transport, fingerprint, message_size, windows)
     if not fingerprint.agrees(reduced[:HEADER].tolist(), transport.size):
         raise_layout_mismatch(group, transport, members, call)
     _, *sums = torch.split(reduced, layout.sizes)
+    # clone: a view would keep the whole message in memory.
     return {name: window.clone().unsqueeze(0) for (name, _), window in zip(members, sums, strict=True)}
 
 
@@ -109,6 +110,7 @@ def load_window_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> Non
         )
     for name, layer in layers.items():
         _check_fit(name, layer, state[name])
+    # All are checked and computed before the first is replaced.
     windows = [_take_share(layer, state[name]) for name, layer in layers.items()]
     copy_all([layer._accumulation.window for layer in layers.values()], [window.detach() for window in windows])
 
@@ -121,7 +123,8 @@ def _check_fit(name: str, layer: Accumulating, saved: Tensor) -> None:
             f"got {saved.dtype} of shape {tuple(saved.shape)}. Build the model as when it was saved and keep float64, "
             "or go on with empty windows: discard(model)"
         )
-    # A window counts values, whatever these are. A negative count would take away other ranks' data unseen.
+    # A negative count would cancel data of other ranks, unseen.
+    # The sums may be NaN: a commit finds that and names the layer.
     counts = saved[..., 0]
     whole = counts.isfinite() & (counts >= 0) & (counts == counts.floor())
     if not whole.all():
@@ -135,4 +138,6 @@ def _take_share(layer: Accumulating, saved: Tensor) -> Tensor:
     if saved.dim() == 1:
         return saved
     transport = connect(resolve_group(layer._accumulation.handle.group))
+    # Shares dealt out like cards: each goes to exactly one rank.
+    # A rank without any gets a sum of none: zeros.
     return saved[transport.rank :: transport.size].sum(0)

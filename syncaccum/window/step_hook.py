@@ -17,6 +17,7 @@ from syncaccum.window.layers import tracking_layers
 from syncaccum.window.optimizers import find_optimizers, hook_step
 
 # A GAN's critic takes up to 100 steps for one of the generator.
+# Twice as many look like a mistake.
 _UNEVEN_AFTER = 200
 
 
@@ -87,11 +88,12 @@ def commit_on_step(
         >>> optimizer.step()  # commits
         >>> optimizer.zero_grad()
     """
-    # Say so now rather than at the first step.
+    # Raise what is wrong now, and not in the first step.
     tracking_layers(model)
     to_seconds(timeout)
     check_on_nonfinite(on_nonfinite)
     optimizers = find_optimizers(optimizer)
+    # A list: remove() changes the set.
     for other in list(_registered):
         if other.is_replaced_by(model, optimizers):
             other.remove()
@@ -113,7 +115,7 @@ class CommitHandle:
         self._model = model
         self._timeout = timeout
         self._on_nonfinite = on_nonfinite
-        # Weak: a round must not wait for one that is gone.
+        # Weak: a round must not wait for an optimizer that is gone.
         self._optimizers = WeakSet(optimizers)
         self._stepping: WeakSet[Optimizer] = WeakSet()
         self._steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
@@ -133,19 +135,23 @@ class CommitHandle:
 
     def is_replaced_by(self, model: nn.Module, optimizers: Collection[Optimizer]) -> bool:
         """Whether a registration for these leaves nothing to do for this one."""
+        # Where this one has more layers, they still need their commits.
         return not self._optimizers.isdisjoint(optimizers) and _layers(self._model) <= _layers(model)
 
     def _begin(self, optimizer: Optimizer, *_: Any) -> None:
         self._stepping.add(optimizer)
 
     def _end(self, optimizer: Optimizer, *_: Any) -> None:
+        # A step that called its parent's step ends a second time.
         if optimizer not in self._stepping:
-            return  # a subclass's step around the one that was just seen
+            return
         self._stepping.discard(optimizer)
         self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
         if len(self._steps) == len(self._optimizers):
+            # First: if the commit raises, the next round starts anew.
             self._steps.clear()
             commit_layers(tracking_layers(self._model), self._timeout, self._on_nonfinite)
+        # Equal, not more: once in a round.
         elif self._steps[optimizer] == _UNEVEN_AFTER:
             _warn_of_uneven_steps()
 
@@ -164,4 +170,4 @@ def _warn_of_uneven_steps() -> None:
 
 
 _registered: WeakSet[CommitHandle] = WeakSet()
-"""The optimizers' hooks keep them alive."""
+"""Weak, so that a handle goes with its optimizers: it is their hooks that keep it alive."""

@@ -1,4 +1,4 @@
-"""Several changes that no signal handler can come between, so that what it raises leaves all of them or none."""
+"""Several changes that no signal handler can come between: if it raises, all of them are made, or none."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from syncaccum.torch_private import without_torch_function, zero_all
 def run_uninterrupted(steps: Sequence[partial[Any]]) -> None:
     """Call each of these, in order. They must be functions written in C, such as torch's operators and ``setattr``.
 
-    Python runs signal handlers in between bytecodes. This is one, with all the steps in it.
+    Python runs signal handlers between two bytecodes. The deque runs all steps within one bytecode.
     """
+    # A torch-function mode would run Python code in each step.
     with without_torch_function():
+        # maxlen=0: it only walks. A list would keep results.
         deque(map(partial.__call__, steps), maxlen=0)
 
 
