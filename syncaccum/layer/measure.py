@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncaccum.layer.memory_order import as_columns, is_rows, per_channel
+from syncaccum.layer.memory_order import as_columns, as_passes, is_on_cuda, is_rows, per_channel
 from syncaccum.moments import pack_statistics
 
 # Of these is the median taken that serves as an origin: see `channel_origin`.
@@ -64,7 +64,7 @@ def measure(x: Tensor) -> Measured:
     if count == 0:
         zeros = torch.zeros(channels, dtype=torch.float64, device=x.device)
         return Measured(values, None, 0, zeros, zeros)
-    if x.is_cuda:
+    if is_on_cuda(x):
         origin = channel_origin(values)
     else:
         mean, variance = _mean_and_variance(values)
@@ -102,9 +102,12 @@ def channel_origin(values: Tensor) -> Tensor:
     whatever spots, borders and outliers there are. Its own rounding is of no matter: exactly this is subtracted.
     """
     if values.dim() == 2:
-        return _spread(values, 0, _ORIGIN_POSITIONS).median(0).values
-    flat = _spread(_spread(values, 0, _ORIGIN_SAMPLES).flatten(2), 2, _ORIGIN_POSITIONS)
-    return flat.movedim(1, -1).flatten(0, 1).median(0).values
+        sample = _spread(values, 0, _ORIGIN_POSITIONS)
+    else:
+        sample = _spread(_spread(values, 0, _ORIGIN_SAMPLES).flatten(2), 2, _ORIGIN_POSITIONS)
+        sample = sample.movedim(1, -1).flatten(0, 1)
+    # Sorted: CUDA's median is not deterministic, and refuses where that is asked for.
+    return sample.sort(0).values[sample.shape[0] // 2]
 
 
 def _spread(values: Tensor, dim: int, most: int) -> Tensor:
@@ -116,13 +119,10 @@ def _spread(values: Tensor, dim: int, most: int) -> Tensor:
 
 def _mean_and_variance(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population variance per channel of a dense float32 or float64 tensor; float64."""
-    channels = values.shape[1]
-    if values.is_cuda:
-        mean, variance = torch.batch_norm_update_stats(values, None, None, 0.0)
+    if is_on_cuda(values):
+        mean, variance = torch.batch_norm_update_stats(as_passes(values), None, None, 0.0)
         return mean.to(torch.float64), variance.to(torch.float64)
-    if is_rows(values):
-        return _of_rows(values.view(values.shape[0], channels, -1))
-    return _of_columns(as_columns(values))
+    return _of_rows(as_passes(values)) if is_rows(values) else _of_columns(as_columns(values))
 
 
 def _of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
