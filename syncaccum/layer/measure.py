@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,18 @@ class Measured(NamedTuple):
     def sums(self) -> Tensor:
         """What to add to a window: packed moments."""
         return pack_statistics(self.n, self.mean, self.variance)
+
+
+def merge(parts: Sequence[Measured]) -> tuple[int, Tensor, Tensor]:
+    """Count, mean and variance of several micro-batches together, as accurate as theirs (Chan et al., 1979)."""
+    n = sum(part.n for part in parts)
+    means, variances = (torch.stack(vectors) for vectors in zip(*((p.mean, p.variance) for p in parts), strict=True))
+    shares = torch.tensor([part.n / max(n, 1) for part in parts], dtype=means.dtype, device=means.device).unsqueeze(1)
+    # From one mean on: their differences are small, where they themselves are large.
+    start = max(parts, key=lambda part: part.n).mean
+    delta = means - start
+    step = (delta * shares).sum(0)
+    return n, start + step, ((variances + (delta - step).square()) * shares).sum(0)
 
 
 def measure(x: Tensor) -> Measured:

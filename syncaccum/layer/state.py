@@ -10,7 +10,7 @@ import math
 import threading
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -136,6 +136,13 @@ def tracks(layer: Any) -> bool:
     """Whether the layer has running statistics to commit to, as nn.BatchNorm asks in each forward."""
     buffers = buffers_of(layer)
     return bool(layer.track_running_stats) and buffers["running_mean"] is not None
+
+
+def committed_mean(layer: Accumulating) -> Tensor | None:
+    """The running mean in float64, equal on every rank; 0 where it is NaN or Inf, None where none is tracked."""
+    if not tracks(layer):
+        return None
+    return cast(Tensor, buffers_of(layer)["running_mean"]).to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
 
 
 def is_counted(layer: Accumulating) -> bool:
