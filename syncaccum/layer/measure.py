@@ -12,9 +12,9 @@ from torch import Tensor
 from syncaccum.layer.memory_order import as_columns, as_passes, is_on_cuda, is_rows, per_channel
 from syncaccum.moments import pack_statistics
 
-# Of these is the median taken that serves as an origin: see `channel_origin`.
-_ORIGIN_POSITIONS = 64
-_ORIGIN_SAMPLES = 16
+# Of so many values of a channel is the median taken that serves as an origin: see `channel_origin`.
+_ORIGIN_VALUES = 64
+_ORIGIN_SAMPLES = 8
 
 # float32 sums are exact to 1e-6 where no running sum takes more than some 50 additions: each may lose half a unit in
 # the last place, 6e-8, and equal values (a border, a mask) all lose it on the same side: 2e-4 measured at 8,192.
@@ -115,19 +115,19 @@ def channel_origin(values: Tensor) -> Tensor:
     whatever spots, borders and outliers there are. Its own rounding is of no matter: exactly this is subtracted.
     """
     if values.dim() == 2:
-        sample = _spread(values, 0, _ORIGIN_POSITIONS)
+        sample = values[_spread(values.shape[0], _ORIGIN_VALUES)]
     else:
-        sample = _spread(_spread(values, 0, _ORIGIN_SAMPLES).flatten(2), 2, _ORIGIN_POSITIONS)
-        sample = sample.movedim(1, -1).flatten(0, 1)
+        flat = values[_spread(values.shape[0], _ORIGIN_SAMPLES)].flatten(2)
+        positions = _spread(flat.shape[2], -(-_ORIGIN_VALUES // flat.shape[0]))
+        sample = flat[:, :, positions].movedim(1, -1).flatten(0, 1)
     # Sorted: CUDA's median is not deterministic, and refuses where that is asked for.
     return sample.sort(0).values[sample.shape[0] // 2]
 
 
-def _spread(values: Tensor, dim: int, most: int) -> Tensor:
-    """About so many slices, evenly spread, by an odd step: an even one may keep to one column of an image."""
-    size = values.shape[dim]
+def _spread(size: int, most: int) -> slice:
+    """About so many indices, evenly spread, by an odd step: an even one may keep to one column of an image."""
     step = max(1, size // most) | 1
-    return values.index_select(dim, torch.arange(min(step // 2, size - 1), size, step, device=values.device))
+    return slice(min(step // 2, size - 1), None, step)
 
 
 def _mean_and_variance(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from syncaccum.layer.measure import Measured, channel_origin, measure
+from syncaccum.layer.measure import Measured, measure
 from syncaccum.layer.memory_order import (
     as_passes,
     is_on_cuda,
@@ -274,7 +274,7 @@ def _compose(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Poli
     n = x.numel() // x.shape[1]
     dims = [d for d in range(x.dim()) if d != 1]
     values = x.to(torch.promote_types(x.dtype, torch.float32))
-    origin = channel_origin(values.detach())
+    origin = values.detach().mean(dims)
     shifted = values - per_channel(origin, x)
     mean_of_shifted = shifted.mean(dims)
     centered = shifted - per_channel(mean_of_shifted, x)
