@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -124,6 +124,13 @@ def tracks(layer: Any) -> bool:
     Not asked at a commit: the flag may have been switched off since, and the window holds what counted.
     """
     return bool(layer.track_running_stats) and has_statistics(layer)
+
+
+def committed_mean(layer: Accumulating) -> Tensor | None:
+    """The running mean in float64, equal on every rank; 0 where it is NaN or Inf, None where there is none."""
+    if not has_statistics(layer):
+        return None
+    return cast(Tensor, buffers_of(layer)["running_mean"]).to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
 
 
 def is_counted(layer: Accumulating) -> bool:
