@@ -5,6 +5,7 @@ torch may change these without a word. Then one test of ``tests/unit/test_torch_
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import torch.overrides
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel, distributed
 from torch.utils import _python_dispatch as dispatch
 
 __all__ = ["BatchNormBase"]
@@ -54,9 +55,47 @@ def zero_all(tensors: Sequence[Tensor]) -> None:
     torch._foreach_zero_(list(tensors))
 
 
+def add_all(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Add each value to its tensor, all in one call: no signal comes between."""
+    torch._foreach_add_(list(into), list(values))
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to. Inference tensors do not count: always 0."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def ddp_in_forward() -> DistributedDataParallel | None:
     """The DistributedDataParallel whose forward this process is in; None outside."""
     return DistributedDataParallel._active_ddp_module
+
+
+def set_ddp_in_forward(ddp: DistributedDataParallel | None) -> None:
+    """Note whose forward this process is in, as DDP does when it begins and ends one."""
+    DistributedDataParallel._active_ddp_module = ddp
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """The tensors that DDP finds in what a forward returned."""
+    return list(distributed._find_tensors(output))  # type: ignore[no-untyped-call]
+
+
+def prepare_for_backward(ddp: DistributedDataParallel, outputs: Sequence[Tensor]) -> None:
+    """Get DDP's reducer ready, as it does after a forward; parameters that no output depends on count as unused.
+
+    Replaces what it made ready before.
+    """
+    ddp.reducer.prepare_for_backward(list(outputs))
+
+
+def compile_stance() -> Any:
+    """What compiled functions do when they are called, in the whole process. Imports the compiler."""
+    return importlib.import_module("torch._dynamo.eval_frame")._stance
+
+
+def restore_compile_stance(stance: Any) -> None:
+    """Make compiled functions do what :func:`compile_stance` said."""
+    importlib.import_module("torch._dynamo.eval_frame")._set_stance(stance)
 
 
 def join_settings(ddp: DistributedDataParallel) -> Any:

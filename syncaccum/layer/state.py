@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from syncaccum.moments import Moments
 from syncaccum.ranks.groups import Group, GroupHandle
-from syncaccum.torch_private import BatchNormBase, buffers_of, runs_in_backward
+from syncaccum.torch_private import BatchNormBase, add_all, buffers_of, runs_in_backward
 
 POLICIES = ("renorm", "batch", "running")
 """The names of the normalization policies; `policies` says what they are."""
@@ -43,6 +44,8 @@ class Accumulation:
     """Of the last forward that counted. Where it is 0 now, a commit still needs the one of its window."""
     micro_batches: int = 0
     """In the open window, where Python counts: not in compiled forwards."""
+    locksteps: int = 0
+    """How often one has added to a window. Not reset with it."""
     uncounted: int = 0
     """How many ``not_counted`` are open."""
     name: str = ""
@@ -150,10 +153,7 @@ def is_counted(layer: Accumulating) -> bool:
 def accumulate(layer: Accumulating, sums: Tensor) -> None:
     """Add a micro-batch's packed moments to the window. Not collective."""
     state = layer._accumulation
-    if state.momentum != layer.momentum:
-        if state.momentum == 0:
-            state.window.zero_()  # what came before counts for nothing
-        state.momentum = layer.momentum
+    _follow_momentum(layer)
     if torch.compiler.is_compiling():
         state.window.add_(sums)  # alone: a Python counter would recompile every call
         return
@@ -163,9 +163,33 @@ def accumulate(layer: Accumulating, sums: Tensor) -> None:
         with _replicas:
             state.window.add_(sums.to(state.window.device))
         return
-    if state.window.device != sums.device or state.window.is_inference():
-        state.window = _bring_home(state.window, sums.device)
+    _bring_home(state, sums.device)
     state.window.add_(sums)
+    _count(state)
+
+
+def accumulate_together(sums: Mapping[Accumulating, Tensor]) -> None:
+    """`accumulate` for several layers: for all, or for none where a signal interrupts. Not collective."""
+    states = [layer._accumulation for layer in sums]
+    for layer, state in zip(sums, states, strict=True):
+        _follow_momentum(layer)
+        _bring_home(state, sums[layer].device)
+    if states:
+        add_all([state.window for state in states], list(sums.values()))
+    for state in states:
+        state.locksteps += 1
+        _count(state)
+
+
+def _follow_momentum(layer: Accumulating) -> None:
+    state = layer._accumulation
+    if state.momentum != layer.momentum:
+        if state.momentum == 0:
+            state.window.zero_()  # what came before counts for nothing
+        state.momentum = layer.momentum
+
+
+def _count(state: Accumulation) -> None:
     state.micro_batches += 1
     if state.micro_batches == _FORGOTTEN_AFTER:
         _warn_of_forgotten_commits()
@@ -175,11 +199,13 @@ _replicas = threading.Lock()
 """DataParallel's replicas share one window, and run in threads."""
 
 
-def _bring_home(window: Tensor, device: torch.device) -> Tensor:
-    """The window on the device of the data, whatever moved that."""
-    if window.is_meta:  # which never held a sum
-        return torch.zeros_like(window, device=device)
-    return window.detach().clone().to(device)
+def _bring_home(state: Accumulation, device: torch.device) -> None:
+    """Keep the window on the device of the data, whatever moved that."""
+    window = state.window
+    if window.device == device and not window.is_inference():
+        return
+    # A meta tensor never held a sum.
+    state.window = torch.zeros_like(window, device=device) if window.is_meta else window.detach().clone().to(device)
 
 
 def _warn_of_forgotten_commits() -> None:
