@@ -22,6 +22,7 @@ from syncaccum.exact.bystanders import Bystanders
 from syncaccum.exact.ddp import Wrappers
 from syncaccum.exact.meeting_point import MeetingPoint, make_arrival
 from syncaccum.exact.offload import HostStore
+from syncaccum.exact.openmp import Teams
 from syncaccum.exact.parametrizations import SharedWeights
 from syncaccum.exact.process_state import Eager, Setting
 from syncaccum.exact.turns import Turns
@@ -83,6 +84,7 @@ def lockstep(
     weights = SharedWeights(model)
     bystanders = Bystanders(model)
     attendance = Attendance(model)
+    teams = Teams(model, len(batches))
 
     def check_surroundings(layer: Accumulating, name: str) -> None:
         _refuse_checkpoint(name)
@@ -97,10 +99,11 @@ def lockstep(
     results: list[Any] = [None] * len(batches)
 
     def run(index: int) -> None:
-        with surroundings.taking_part(_Participant(index, meeting, turns)), weights.for_one():
+        with surroundings.taking_part(_Participant(index, meeting, turns, teams)), weights.for_one():
             results[index] = refuse_unfinished(forward(batches[index]))
+        teams.release()
 
-    settings: list[Setting] = [Eager(), weights, attendance, wrappers]
+    settings: list[Setting] = [teams, Eager(), weights, attendance, wrappers]
     try:
         try:
             _enter(settings)
@@ -147,11 +150,13 @@ class _Participant:
     index: int
     meeting: MeetingPoint
     turns: Turns
+    teams: Teams
 
     def normalize(
         self, layer: Accumulating, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, counts: bool
     ) -> Tensor:
         self.meeting.arrive(self.index, make_arrival(layer, x, weight, bias, eps, counts))
+        self.teams.release()
         self.turns.give_way(self.index)
         return self.meeting.outputs[self.index]
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import linecache
+import os
 import random
+import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -579,3 +582,46 @@ def test_no_word_where_all_is_exact(case: str, group: None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lockstep(model, model, parts_of(*([6] if case == "one micro-batch" else [3, 3])))
+
+
+# --- threads --------------------------------------------------------------------------------------------------
+
+# In a process of its own: it gives up root, and a process that OpenMP ends takes pytest with it.
+UNDER_A_LIMIT = """
+import os, resource, sys
+import torch
+from torch import nn
+from syncaccum import LockstepError, convert_sync_accum, lockstep
+
+count, team, limit = map(int, sys.argv[1:])
+torch.set_num_threads(team)
+net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16))
+model = convert_sync_accum(net)
+parts = [torch.randn(4, 8, 16, 16) for _ in range(count)]
+expected = torch.cat(lockstep(model, model, parts))
+# Of a user that nobody else is: its threads are counted.
+os.setuid(54321)
+resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
+try:
+    outputs = torch.cat(lockstep(model, model, parts))
+    print("exact" if torch.allclose(outputs, expected, atol=1e-5) else "different")
+except LockstepError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or os.getuid() != 0, reason="limits threads of another user")
+@pytest.mark.parametrize(
+    ("count", "team", "limit", "says"),
+    [
+        (12, 8, 60, "exact"),  # 84 threads in teams of their own
+        (3, 4, 1000, "exact"),
+        (12, 8, 25, r"12 micro-batches with 8 OpenMP threads .* need 18 more threads"),
+        (24, 1, 20, r"24 micro-batches need 23 threads, and the system refuses"),
+    ],
+)
+def test_a_limit_of_threads_is_kept_or_named(count: int, team: int, limit: int, says: str) -> None:
+    arguments = [sys.executable, "-c", UNDER_A_LIMIT, str(count), str(team), str(limit)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert re.search(says, done.stdout), done.stdout
