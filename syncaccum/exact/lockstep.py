@@ -65,11 +65,17 @@ def lockstep(
     Raises:
         LockstepError: no micro-batches; a lockstep inside another, or inside ``join``; ``torch.utils.checkpoint``
             around a layer; layers that differ between micro-batches or ranks; DistributedDataParallel that was not
-            passed as ``model``.
+            passed as ``model``, or that a lockstep in another thread goes through; a forward that comes to no layer
+            of a model in training, or returns a generator or a coroutine; fewer threads to be had than needed.
         TooFewValuesError: one value per channel in the whole global batch; a ValueError.
         NoLayersError: the model has no SyncAccumBatchNorm.
         CommitError: a peer is gone or stuck, at the group's timeout.
-        Whatever ``forward`` raises for one micro-batch, as it was; the others are cancelled, and no window changes.
+        Whatever ``forward`` raises for one micro-batch, as it was, or a signal's handler, as KeyboardInterrupt; the
+            others are cancelled and waited for, and no window changes.
+
+    Note:
+        Parametrized weights, as of ``parametrizations.spectral_norm``, are computed once for all micro-batches. One
+        warning names other modules whose training forward changes their buffers: K micro-batches change them K times.
 
     Example::
 
