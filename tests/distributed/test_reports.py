@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 
 from syncaccum import commit, convert_sync_accum
-from tests.distributed.oracle import Oracle, assert_same_on_all_ranks
+from tests.oracle import Oracle, assert_same_on_all_ranks
 from tests.ranks import Rank, on_ranks
 
 

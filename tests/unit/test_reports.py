@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from syncaccum import CommitError, commit, commit_on_step, convert_sync_accum, discard, lockstep, revert_sync_accum
-from tests.unit.oracle import assert_same_statistics
+from tests.oracle import assert_same_statistics
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
