@@ -49,10 +49,12 @@ class Layout:
 
 @functools.lru_cache(maxsize=16)
 def _find_indices(widths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    # Named, because a default device may be meta, and this is kept.
+    home = torch.device("cpu")
     ends = list(itertools.accumulate(map(Moments.packed_size, widths), initial=HEADER))
-    positions = [Moments.unpack(torch.arange(start, end)) for start, end in itertools.pairwise(ends)]
+    positions = [Moments.unpack(torch.arange(start, end, device=home)) for start, end in itertools.pairwise(ends)]
     counts = torch.stack([p.count for p in positions])
-    of_channels = counts.repeat_interleave(torch.tensor(widths))
+    of_channels = counts.repeat_interleave(torch.tensor(widths, device=home))
     sums = torch.cat([p.total for p in positions] + [p.total_sq for p in positions])
     return counts.to(device), of_channels.to(device), sums.to(device)
 

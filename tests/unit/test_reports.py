@@ -142,7 +142,7 @@ def test_a_forward_that_a_tool_put_on_the_instance_accumulates(hooked: str) -> N
             unhook_forward(layer)
     for seed in range(3):
         torch.testing.assert_close(model(draw(8, 3, seed=seed)), plain(draw(8, 3, seed=seed)))
-        commit(model)
+        assert commit(model).values == {"1": 8, "4": 8}
     assert_as_plain(model, plain)
     torch.testing.assert_close(model.eval()(draw(5, 3)), plain.float().eval()(draw(5, 3)))
 
@@ -251,6 +251,18 @@ def test_a_cumulative_average_compiles_into_one_graph() -> None:
         commit(model)
         plain(draw(8, 3, seed=seed))
     assert_as_plain(model, plain)
+
+
+def test_a_commit_does_not_ask_for_the_default_device() -> None:
+    """facebookresearch/dinov2#477: what is made under ``torch.device("meta")`` has no values."""
+    layer = convert_sync_accum(nn.BatchNorm1d(19))  # a width that no other test commits alone: the layout is kept
+    plain = nn.BatchNorm1d(19)
+    for _ in range(2):
+        layer(draw(8, 19))
+        with torch.device("meta"):
+            commit(layer)
+        plain(draw(8, 19))
+    assert_same_statistics(layer, plain.double(), rtol=1e-5)  # type: ignore[arg-type]
 
 
 class Image(Tensor):
