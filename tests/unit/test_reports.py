@@ -237,6 +237,24 @@ def test_a_layer_that_is_pruned_in_an_open_window_says_what_to_do() -> None:
             use()
 
 
+def test_a_layer_and_its_shallow_copy_are_one() -> None:
+    """torch/nn#232, keras-team/keras#8794: towers that share running statistics, here through copy.copy."""
+
+    def make_towers(layer: nn.Module) -> nn.ModuleList:
+        return nn.ModuleList([layer, copy.copy(layer), nn.BatchNorm1d(3)])
+
+    towers = convert_sync_accum(make_towers(convert_sync_accum(nn.BatchNorm1d(3))))
+    plain = nn.BatchNorm1d(3)
+    for seed in range(2):
+        micro_batches = [draw(n, 3, seed=seed + n) for n in (4, 6)]
+        for tower, x in zip(towers, micro_batches, strict=False):
+            tower(x)
+        assert commit(towers.double().float()).values == {"0": 10, "2": 0}
+        plain(torch.cat(micro_batches))
+    assert_same_statistics(towers[0], plain.double(), rtol=1e-5)  # type: ignore[arg-type]
+    assert torch.equal(towers[1].running_mean, towers[0].running_mean)  # type: ignore[arg-type]
+
+
 # --- compilers and tensors of other kinds ----------------------------------------------------------------------
 
 
