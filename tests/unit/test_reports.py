@@ -67,7 +67,7 @@ def test_tracking_that_is_off_at_the_step_does_not_lose_what_counted() -> None:
 
 
 def test_one_layer_whose_tracking_is_off_at_a_commit_is_committed_with_the_others() -> None:
-    """pytorch/pytorch#37823: the flag is switched on layers one by one."""
+    """pytorch/pytorch#37823: the flag of a layer that has statistics is switched."""
     model, plain = convert_sync_accum(make_model(), normalization="batch"), make_model()
     for m in (model, plain):
         m(draw(8, 3))
@@ -238,7 +238,7 @@ def test_a_layer_that_is_pruned_in_an_open_window_says_what_to_do() -> None:
 
 
 def test_a_layer_and_its_shallow_copy_are_one() -> None:
-    """torch/nn#232, keras-team/keras#8794: towers that share running statistics, here through copy.copy."""
+    """torch/nn#232, keras-team/keras#8794 in other frameworks: towers share running statistics; here by copy.copy."""
 
     def make_towers(layer: nn.Module) -> nn.ModuleList:
         return nn.ModuleList([layer, copy.copy(layer), nn.BatchNorm1d(3)])
@@ -302,7 +302,7 @@ def test_a_users_kind_of_tensor_comes_out_and_stays_out_of_the_state(policy: str
 
 
 def test_a_model_exported_in_training_mode_accumulates_in_the_model_it_came_from() -> None:
-    """pytorch/pytorch#136912 and QAT through torch.export: the graph trains, and has no layers left."""
+    """No report: quantisation and pipelines train a graph that torch.export made, which has no layers left."""
     model, plain = convert_sync_accum(make_model(), normalization="batch"), make_model()
     exported = torch.export.export(model, (draw(8, 3),)).module()
     for seed in range(3):
