@@ -18,6 +18,7 @@ import torch
 import torch.overrides
 from torch import Tensor, nn
 from torch._functorch import pyfunctorch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.parallel import DistributedDataParallel, distributed
@@ -38,6 +39,11 @@ def is_transformed() -> bool:
     # torch.func keeps a stack of transforms; None if empty.
     # Forward-mode AD counts its levels from 0; -1 is none.
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def has_no_values(tensor: Tensor) -> bool:
+    """Whether a tensor is only a shape: on the meta device, or a fake one of tools that estimate memory or cost."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def take_out_of_transforms(tensor: Tensor) -> Tensor:

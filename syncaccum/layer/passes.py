@@ -27,7 +27,7 @@ from syncaccum.layer.memory_order import (
 )
 from syncaccum.layer.policies import Normalizer, Policy
 from syncaccum.moments import pack_statistics
-from syncaccum.torch_private import is_transformed
+from syncaccum.torch_private import has_no_values, is_transformed
 
 ReduceSums = Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
 
@@ -179,7 +179,7 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Pol
         policy: turns the micro-batch's moments into what to apply.
     """
     x = make_dense(x)
-    if torch.compiler.is_compiling() or is_transformed():
+    if torch.compiler.is_compiling() or is_transformed() or has_no_values(x):
         # Compilers fuse plain operations better than our passes.
         # Transforms of torch.func differentiate them in their own ways.
         return _compose(x, weight, bias, policy)

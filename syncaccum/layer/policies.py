@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from syncaccum.layer.state import Accumulating
-from syncaccum.torch_private import buffers_of
+from syncaccum.torch_private import buffers_of, has_no_values
 
 
 class Normalizer(NamedTuple):
@@ -160,7 +160,7 @@ def _ask_if_untrained(layer: Accumulating) -> bool | Tensor:
     # Without a counter nobody can tell: believe the statistics.
     if batches is None:
         return False
-    if batches.is_cpu and not torch.compiler.is_compiling():
+    if batches.is_cpu and not torch.compiler.is_compiling() and not has_no_values(batches):
         # On a GPU item() would wait for the device.
         return batches.item() == 0
     return batches == 0

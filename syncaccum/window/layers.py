@@ -28,8 +28,15 @@ _WRAPPERS = {
 
 
 def tracking_layers(model: nn.Module) -> list[NamedLayer]:
-    """The named layers of a model that take part in its commits, in module order, each once."""
-    layers = [(name, layer) for name, layer in named_layers(model) if has_statistics(layer)]
+    """The named layers of a model that take part in its commits, in module order, each window once.
+
+    A layer and its ``copy.copy`` are two modules with one window and the same buffers.
+    """
+    by_window: dict[int, NamedLayer] = {}
+    for name, layer in named_layers(model):
+        if has_statistics(layer):
+            by_window.setdefault(id(layer._accumulation), (name, layer))
+    layers = list(by_window.values())
     if not layers:
         raise NoLayersError(f"no SyncAccumBatchNorm layer of {type(model).__name__} tracks statistics")
     for _, layer in layers:

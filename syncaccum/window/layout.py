@@ -50,13 +50,15 @@ class Layout:
 # Remembered: a few operations for each layer add up.
 @functools.lru_cache(maxsize=16)
 def _find_indices(widths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    # Named, because a default device may be meta, and this is kept.
+    home = torch.device("cpu")
     ends = list(itertools.accumulate(map(Moments.packed_size, widths), initial=HEADER))
     # Unpacked positions in place of values: Moments alone knows
     # where in a packed tensor what is.
-    positions = [Moments.unpack(torch.arange(start, end)) for start, end in itertools.pairwise(ends)]
+    positions = [Moments.unpack(torch.arange(start, end, device=home)) for start, end in itertools.pairwise(ends)]
     counts = torch.stack([p.count for p in positions])
     # Each channel gets its layer's count, for one division of all.
-    of_channels = counts.repeat_interleave(torch.tensor(widths))
+    of_channels = counts.repeat_interleave(torch.tensor(widths, device=home))
     sums = torch.cat([p.total for p in positions] + [p.total_sq for p in positions])
     return counts.to(device), of_channels.to(device), sums.to(device)
 

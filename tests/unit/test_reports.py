@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from syncaccum import CommitError, commit, commit_on_step, convert_sync_accum, discard, lockstep, revert_sync_accum
@@ -67,7 +68,7 @@ def test_tracking_that_is_off_at_the_step_does_not_lose_what_counted() -> None:
 
 
 def test_one_layer_whose_tracking_is_off_at_a_commit_is_committed_with_the_others() -> None:
-    """pytorch/pytorch#37823: the flag is switched on layers one by one."""
+    """pytorch/pytorch#37823: the flag of a layer that has statistics is switched."""
     model, plain = convert_sync_accum(make_model(), normalization="batch"), make_model()
     for m in (model, plain):
         m(draw(8, 3))
@@ -142,7 +143,7 @@ def test_a_forward_that_a_tool_put_on_the_instance_accumulates(hooked: str) -> N
             unhook_forward(layer)
     for seed in range(3):
         torch.testing.assert_close(model(draw(8, 3, seed=seed)), plain(draw(8, 3, seed=seed)))
-        commit(model)
+        assert commit(model).values == {"1": 8, "4": 8}
     assert_as_plain(model, plain)
     torch.testing.assert_close(model.eval()(draw(5, 3)), plain.float().eval()(draw(5, 3)))
 
@@ -237,6 +238,24 @@ def test_a_layer_that_is_pruned_in_an_open_window_says_what_to_do() -> None:
             use()
 
 
+def test_a_layer_and_its_shallow_copy_are_one() -> None:
+    """torch/nn#232, keras-team/keras#8794 in other frameworks: towers share running statistics; here by copy.copy."""
+
+    def make_towers(layer: nn.Module) -> nn.ModuleList:
+        return nn.ModuleList([layer, copy.copy(layer), nn.BatchNorm1d(3)])
+
+    towers = convert_sync_accum(make_towers(convert_sync_accum(nn.BatchNorm1d(3))))
+    plain = nn.BatchNorm1d(3)
+    for seed in range(2):
+        micro_batches = [draw(n, 3, seed=seed + n) for n in (4, 6)]
+        for tower, x in zip(towers, micro_batches, strict=False):
+            tower(x)
+        assert commit(towers.double().float()).values == {"0": 10, "2": 0}
+        plain(torch.cat(micro_batches))
+    assert_same_statistics(towers[0], plain.double(), rtol=1e-5)  # type: ignore[arg-type]
+    assert torch.equal(towers[1].running_mean, towers[0].running_mean)  # type: ignore[arg-type]
+
+
 # --- compilers and tensors of other kinds ----------------------------------------------------------------------
 
 
@@ -251,6 +270,18 @@ def test_a_cumulative_average_compiles_into_one_graph() -> None:
         commit(model)
         plain(draw(8, 3, seed=seed))
     assert_as_plain(model, plain)
+
+
+def test_a_commit_does_not_ask_for_the_default_device() -> None:
+    """facebookresearch/dinov2#477: what is made under ``torch.device("meta")`` has no values."""
+    layer = convert_sync_accum(nn.BatchNorm1d(19))  # a width that no other test commits alone: the layout is kept
+    plain = nn.BatchNorm1d(19)
+    for _ in range(2):
+        layer(draw(8, 19))
+        with torch.device("meta"):
+            commit(layer)
+        plain(draw(8, 19))
+    assert_same_statistics(layer, plain.double(), rtol=1e-5)  # type: ignore[arg-type]
 
 
 class Image(Tensor):
@@ -272,7 +303,7 @@ def test_a_users_kind_of_tensor_comes_out_and_stays_out_of_the_state(policy: str
 
 
 def test_a_model_exported_in_training_mode_accumulates_in_the_model_it_came_from() -> None:
-    """pytorch/pytorch#136912 and QAT through torch.export: the graph trains, and has no layers left."""
+    """No report: quantisation and pipelines train a graph that torch.export made, which has no layers left."""
     model, plain = convert_sync_accum(make_model(), normalization="batch"), make_model()
     exported = torch.export.export(model, (draw(8, 3),)).module()
     for seed in range(3):
@@ -280,3 +311,18 @@ def test_a_model_exported_in_training_mode_accumulates_in_the_model_it_came_from
         commit(model)
     assert_as_plain(model, plain)
     assert torch.equal(exported.get_buffer("1.running_mean"), model[1].running_mean)
+
+
+@pytest.mark.parametrize("policy", ["renorm", "batch", "running"])
+def test_a_forward_of_shapes_alone_works_and_counts_nothing(policy: str) -> None:
+    """litgpt#173: tools estimate memory by a training step on meta or fake tensors."""
+    make = lambda: convert_sync_accum(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), normalization=policy)  # noqa: E731
+    with torch.device("meta"):
+        model = make()
+        model(torch.empty(2, 3, 5, 5)).sum().backward()
+    with FakeTensorMode() as mode:
+        fake = make()
+        assert fake(mode.from_tensor(torch.empty(2, 3, 5, 5))).shape == (2, 4, 3, 3)
+    real = make()
+    real(torch.randn(2, 3, 5, 5))
+    assert commit(real).values == {"1": 18}
