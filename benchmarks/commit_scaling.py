@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from benchmarks.commit_speed import resnet50_widths, timed
-from benchmarks.processes import run_on_ranks
 from benchmarks.report import RESULTS, Figure, publish
 from syncaccum import SyncAccumBatchNorm, commit
 from syncaccum.ranks.agreement import HEADER
+from tests.ranks import Rank, run_on_ranks
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 RANKS = (2, 4, 8, 16)
@@ -76,8 +76,13 @@ def measure(
     )
 
 
-def measure_gloo(rank: int, ranks: int) -> Times:
-    return measure(None, dist.all_reduce, dist.barrier, ranks)
+def measure_gloo(rank: Rank) -> Times:
+    return measure(None, dist.all_reduce, dist.barrier, rank.size)
+
+
+def run_gloo(ranks: int) -> Times:
+    times: Times = run_on_ranks(measure_gloo, ranks, patience=600.0)[0]
+    return times
 
 
 def measure_mpi(output: Path) -> None:
@@ -171,10 +176,10 @@ def draw(measured: dict[str, dict[int, Times]], models: dict[str, Model]) -> Non
 def main() -> None:
     beside_python = Path(sys.executable).parent
     libraries = {"Open MPI": beside_python, "MPICH": beside_python.parent / "mpich" / "bin"}
-    measured: dict[str, dict[int, Times]] = {"gloo": {p: run_on_ranks(measure_gloo, p, p) for p in RANKS}}
+    measured: dict[str, dict[int, Times]] = {"gloo": {p: run_gloo(p) for p in RANKS}}
     for name, programs in libraries.items():
         measured[name] = {p: run_mpi(programs, p) for p in RANKS}
-    alone = run_on_ranks(measure_gloo, 1, 1).commit
+    alone = run_gloo(1).commit
     cores = len(os.sched_getaffinity(0))
     models = {
         name: model_of("ring" if name == "gloo" else "halving", by_ranks, cores) for name, by_ranks in measured.items()

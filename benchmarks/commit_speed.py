@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.processes import run_on_ranks
 from benchmarks.report import Figure, publish
 from syncaccum import SyncAccumBatchNorm, commit
 from syncaccum.ranks.agreement import HEADER
 from syncaccum.window.layout import Layout
+from tests.ranks import Rank, run_on_ranks
 
 RANKS = 2
 ROUNDS = 400
@@ -71,10 +71,10 @@ class Floor:
         torch._foreach_mul_(self.windows, 1.0)
 
 
-def measure(rank: int) -> dict[str, list[float]]:
+def measure(rank: Rank) -> dict[str, list[float]]:
     widths = resnet50_widths()
     model = nn.Sequential(*(SyncAccumBatchNorm(width) for width in widths))
-    windows = [torch.randn(2, width) + rank for width in widths]
+    windows = [torch.randn(2, width) + rank.index for width in widths]
     bare = torch.zeros(sum(1 + 2 * width for width in widths), dtype=torch.float64)
     small = [torch.zeros(1 + 2 * width) for width in widths]
 
@@ -102,7 +102,7 @@ def measure(rank: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    times = run_on_ranks(measure, RANKS)
+    times = run_on_ranks(measure, RANKS, patience=600.0)[0]
     milliseconds = {name: statistics.median(seconds) * 1e3 for name, seconds in times.items()}
 
     def ratio(name: str, peer: str) -> float:

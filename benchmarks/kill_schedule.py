@@ -7,11 +7,9 @@ checkpoint is written. The others fail, and all start anew from the checkpoint, 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -32,6 +30,7 @@ from torch import Tensor, nn
 from benchmarks.report import Figure, publish
 from launch.files import write_atomically
 from syncaccum import CommitError, commit, convert_sync_accum, load_window_state_dict, window_state_dict
+from tests.processes import CONTEXT, begin_rank
 
 RANKS = 4
 MICRO_BATCHES = 2
@@ -49,9 +48,6 @@ _LOST_A_PEER = 3
 """Exit status of a rank that a failing collective has ended, as it should."""
 # Beyond any wait for a killed peer; a rank that needs longer hangs.
 _PATIENCE = 60.0
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "benchmarks.report", "launch.files", "syncaccum"])
 
 
 @dataclass(frozen=True)
@@ -154,9 +150,7 @@ class _Rank:
 
 
 def _serve(rank: int, store: str, *args: Any) -> None:
-    torch.set_num_threads(1)
-    if sys.platform == "linux":  # gloo otherwise asks for this machine's name, which need not resolve
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    begin_rank()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     try:
         _Rank(rank, *args).run()
@@ -196,9 +190,9 @@ def _read_commit(folder: Path) -> int:
 
 def _run_attempt(folder: Path, store: str, commits: int, kill: Kill | None, toll: Toll) -> None:
     where = RawArray(c_int, RANKS)
-    notice, killer = _CONTEXT.Pipe(duplex=False)
+    notice, killer = CONTEXT.Pipe(duplex=False)
     ranks = [
-        _CONTEXT.Process(target=_serve, args=(rank, store, folder, commits, kill, killer, where), daemon=True)
+        CONTEXT.Process(target=_serve, args=(rank, store, folder, commits, kill, killer, where), daemon=True)
         for rank in range(RANKS)
     ]
     for process in ranks:

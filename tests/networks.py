@@ -83,7 +83,7 @@ def assert_same_gradients(network: Network, model: nn.Module, reference: nn.Modu
 def assert_same_buffers(model: nn.Module, reference: nn.Module) -> None:
     for (name, actual), expected in zip(model.named_buffers(), reference.buffers(), strict=True):
         atol = 1e-12 * float(expected.abs().max())
-        torch.testing.assert_close(actual, expected, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual, expected, rtol=0, atol=atol, msg=f"{name}: {{}}".format)
 
 
 def _monai(name: str, *args: Any, **kwargs: Any) -> Callable[[], nn.Module]:

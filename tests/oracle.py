@@ -56,7 +56,7 @@ def reference(windows: Iterable[Iterable[Tensor]], channels: int, momentum: floa
     return layer
 
 
-def make_reference(layer: SyncAccumBatchNorm) -> nn.BatchNorm1d:
+def make_reference(layer: Any) -> nn.BatchNorm1d:
     """A plain BatchNorm with this layer's statistics, in training."""
     reference = nn.BatchNorm1d(layer.num_features, layer.eps, layer.momentum, affine=False, dtype=torch.float64)
     reference.load_state_dict(dict(layer.named_buffers()))
@@ -73,7 +73,7 @@ def assert_same_statistics(
         actual, wanted = layer.get_buffer(name), expected.get_buffer(name)
         if wanted.is_floating_point():
             actual = actual.double()
-        torch.testing.assert_close(actual, wanted, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual, wanted, rtol=rtol, atol=atol, msg=f"{name}: {{}}".format)
 
 
 class Oracle:
@@ -137,8 +137,9 @@ def feed_layers(layers: nn.ModuleDict, rank: Rank, *, seed: int = 0) -> dict[str
     generator = torch.Generator().manual_seed(1000 * seed + rank.index)
     fed: dict[str, list[Tensor]] = defaultdict(list)
     for name, layer in layers.items():
+        width: Any = layer.num_features
         for batch_size in (3 + rank.index, 2):
-            x = torch.randn(batch_size, layer.num_features, 5, generator=generator, dtype=torch.float64)
+            x = torch.randn(batch_size, width, 5, generator=generator, dtype=torch.float64)
             layer(3 * x + 1)
             fed[name].append(3 * x + 1)
     return fed

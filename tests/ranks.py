@@ -10,16 +10,12 @@ import datetime
 import functools
 import gc
 import inspect
-import multiprocessing
-import os
 import pickle
-import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
@@ -29,14 +25,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.processes import PipedProcess, answer_requests, begin_rank
+
 # Longer than any group timeout in use, so that a rank that waits in a collective can still say so.
 _PATIENCE = 60.0
 # For a rank that is to be lost to show that it is not, also on a busy machine; a stopped one takes all of it.
 _GRACE = 1.0
-
-# forkserver: a fork of the test process hangs once OpenMP has run there, and spawn imports torch for every rank.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "pytest", "hypothesis", "syncaccum"])
 
 
 @dataclass(frozen=True)
@@ -77,10 +71,12 @@ def on_ranks(size: int, *, timeout: float = 30.0, lost: Collection[int] = ()) ->
     return decorate
 
 
-def run_on_ranks(body: Callable[..., Any], size: int, *args: Any, timeout: float = 30.0) -> list[Any]:
-    """``body(rank, *args)`` on ``size`` ranks; the results in rank order."""
+def run_on_ranks(
+    body: Callable[..., Any], size: int, *args: Any, timeout: float = 30.0, patience: float = _PATIENCE
+) -> list[Any]:
+    """``body(rank, *args)`` on ``size`` ranks; the results in rank order. It must end within ``patience`` seconds."""
     with open_ranks(size, timeout=timeout) as ranks:
-        return ranks.run(body, *args)
+        return ranks.run(body, *args, patience=patience)
 
 
 @contextmanager
@@ -159,39 +155,7 @@ class _Reply:
     silent: bool = False
 
 
-class _Process:
-    """A rank process and the pipe to it. It ends when the pipe does."""
-
-    def __init__(self) -> None:
-        self.pipe, theirs = _CONTEXT.Pipe()
-        self._process = _CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def send(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        # Plain pickle: the pipe's own would move tensors through shared memory, which dies with its process.
-        request = pickle.dumps((function.__module__, function.__qualname__, args))
-        with suppress(BrokenPipeError):  # it just died; `receive` says so
-            self.pipe.send_bytes(request)
-
-    def receive(self) -> _Reply:
-        try:
-            reply: _Reply = pickle.loads(self.pipe.recv_bytes())
-        except (EOFError, ConnectionResetError):
-            self._process.join()
-            return _Reply(story=f"died, exit code {self._process.exitcode}", silent=True)
-        return reply
-
-    def is_alive(self) -> bool:
-        return self._process.is_alive()
-
-    def kill(self) -> None:
-        self._process.kill()  # also ends a stopped process, as SIGTERM does not
-        self._process.join()
-        self.pipe.close()
-
-
-_processes: dict[int, _Process] = {}
+_processes: dict[int, PipedProcess] = {}
 
 
 def _call_each(
@@ -202,15 +166,15 @@ def _call_each(
     try:
         for index, arguments in enumerate(args):
             if index not in _processes or not _processes[index].is_alive():
-                _processes[index] = _Process()
-            _processes[index].send(function, arguments)
+                _processes[index] = PipedProcess(_serve)
+            _processes[index].send(function.__module__, function.__qualname__, arguments)
         everyone = set(range(len(args)))
         _collect(replies, everyone - set(lost), patience)
         _collect(replies, everyone, _GRACE if lost else 0.0)
     finally:
         for index in range(len(args)):
             if index in _processes and (index not in replies or replies[index].silent):
-                _processes.pop(index).kill()
+                _processes.pop(index).close()
     unanswered = _Reply(story="did not answer", silent=True)
     return [replies.get(index, unanswered) for index in range(len(args))]
 
@@ -223,24 +187,19 @@ def _collect(replies: dict[int, _Reply], awaited: Collection[int], patience: flo
         if not ready:
             return
         for pipe in ready:
-            index = pipes[pipe]  # type: ignore[index]
-            replies[index] = _processes[index].receive()
+            index = pipes[pipe]
+            try:
+                replies[index] = _processes[index].receive()
+            except EOFError as error:
+                replies[index] = _Reply(story=str(error), silent=True)
 
 
 # --- in a rank process ----------------------------------------------------------------------------------------
 
 
 def _serve(pipe: Connection) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
-    if sys.platform == "linux":  # gloo otherwise asks for this machine's name, which need not resolve
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    while True:
-        try:
-            module, name, args = pickle.loads(pipe.recv_bytes())
-        except EOFError:
-            return
-        pipe.send_bytes(_answer(module, name, args))
+    begin_rank()
+    answer_requests(pipe, _answer)
 
 
 def _answer(module: str, name: str, args: tuple[Any, ...]) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ def test_a_commit_is_one_all_reduce_after_a_fingerprint_check_in_the_first(rank:
 
 @on_ranks(2)
 def test_a_changed_layout_is_checked_once_more(rank: Rank) -> None:
-    layers = make_layers(a=3, b=4)
+    layers: Any = make_layers(a=3, b=4)
     commit(layers)
     layers["a"].momentum = 0.2
     layers["c"] = SyncAccumBatchNorm(2)
@@ -89,7 +90,7 @@ def test_ddp_communicates_as_it_does_with_batch_norm(rank: Rank) -> None:
             model(torch.randn(3, 3, 5, 5)).square().mean().backward()
 
     models = [DistributedDataParallel(m) for m in (deepcopy(plain), convert_sync_accum(deepcopy(plain)))]
-    theirs, ours = (count_collectives(lambda m=m: train(m)) for m in models)
+    theirs, ours = (count_collectives(partial(train, m)) for m in models)
     assert ours == theirs
     assert ours.total() > 0
 
@@ -102,5 +103,5 @@ def test_two_models_commit_in_turn_with_one_all_reduce_each(rank: Rank) -> None:
     for step in range(3):
         for model in (generator, discriminator, discriminator):
             feed_layers(model, rank, seed=step)
-            counts.append(count_collectives(lambda model=model: commit(model)))
+            counts.append(count_collectives(partial(commit, model)))
     assert counts == [WITH_FINGERPRINT, WITH_FINGERPRINT, *[ONE] * 7]

@@ -175,6 +175,7 @@ def test_commit_sees_through_ddp_and_compile(rank: Rank, compile_outside: bool, 
     # Not an Oracle: its hooks would be compiled too. The first layer's input can be computed beside the model.
     convolution, first = network[0], network[1]
     reference = make_reference(first)
+    model: Any
     if compile_outside:  # DDP's own forward breaks the graph
         model = torch.compile(DistributedDataParallel(network), backend=backend)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,8 +25,9 @@ WIDTHS = {"a": 3, "b": 4, "c": 2}
 Layers = dict[str, nn.Module]
 
 
-def make_b(**arguments: object) -> SyncAccumBatchNorm:
-    return SyncAccumBatchNorm(**{"num_features": WIDTHS["b"], "dtype": torch.float64, **arguments})
+def make_b(**arguments: Any) -> SyncAccumBatchNorm:
+    given: dict[str, Any] = {"num_features": WIDTHS["b"], "dtype": torch.float64, **arguments}
+    return SyncAccumBatchNorm(**given)
 
 
 # Each says how the layers of a rank come to differ from its peers' at layer b or after it; ``by`` differs by rank.
@@ -108,6 +110,7 @@ def test_the_same_change_on_every_rank_is_committed(rank: Rank, difference: str)
 def test_a_momentum_schedule_on_every_rank_is_followed(rank: Rank) -> None:
     layers = make_layers(**WIDTHS)
     references = make_references(layers)
+    layer: Any
     for step, momentum in enumerate([0.5, 0.25, None, 1.0]):
         for layer in (*layers.values(), *references.values()):
             layer.momentum = momentum

@@ -65,7 +65,7 @@ def check_against_the_whole_batch(rank: Rank, ranks: int) -> None:
         reference.zero_grad()
         losses = lockstep(ddp, lambda x: loss_of(ddp(x)), share(whole, rank.index, ranks))
         # DDP averages over the ranks; the reference sums.
-        torch.autograd.backward(sum(losses) * ranks)
+        torch.autograd.backward(torch.stack(losses).sum() * ranks)
         commit(ddp)
         torch.autograd.backward(loss_of(reference(whole)))
         for p, q in zip(model.parameters(), reference.parameters(), strict=True):
@@ -107,7 +107,7 @@ def test_one_hundred_steps_on_two_ranks_of_four_micro_batches(rank: Rank) -> Non
             return nn.functional.cross_entropy(ddp(batch[0]), batch[1], reduction="sum") * (2 / 16)
 
         optimizer.zero_grad()
-        torch.autograd.backward(sum(lockstep(ddp, forward, mine)))
+        torch.autograd.backward(torch.stack(lockstep(ddp, forward, mine)).sum())
         optimizer.step()
         if rank.index == 0:
             expected.zero_grad()
@@ -166,7 +166,7 @@ def test_ranks_that_meet_different_layers_both_hear_which(rank: Rank) -> None:
     model = nn.ModuleDict({"narrow": SyncAccumBatchNorm(3), "wide": SyncAccumBatchNorm(300)})
     name = ("narrow", "wide")[rank.index]
     with pytest.raises(LockstepError, match="rank 0 narrow, rank 1 wide"):
-        lockstep(model, model[name], [torch.randn(4, model[name].num_features)])
+        lockstep(model, model[name], [torch.randn(4, (3, 300)[rank.index])])
     assert model[name].window.count == 0
     lockstep(model, model["wide"], [torch.randn(4, 300)])
 

@@ -25,7 +25,7 @@ def test_a_resnet_of_transformers_on_two_ranks(rank: Rank) -> None:
         mine = whole.split([sum(sizes) for sizes in SIZES])[rank.index].split(SIZES[rank.index])
         model.zero_grad()
         reference.zero_grad()
-        torch.autograd.backward(sum(lockstep(ddp, lambda x: loss_of(ddp(x)), mine)))
+        torch.autograd.backward(torch.stack(lockstep(ddp, lambda x: loss_of(ddp(x)), mine)).sum())
         commit(ddp)
         loss_of(reference(whole)).backward()
         # DDP averages over the ranks; the reference sums.

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -114,9 +115,9 @@ def test_a_peer_killed_between_fingerprint_and_statistics_leaves_nothing_half_do
 def reduce_once_then_die() -> None:
     all_reduce = dist.all_reduce
 
-    def patched(tensor: Tensor, **options: object) -> None:
+    def patched(tensor: Tensor, *args: Any, **options: Any) -> Any:
         dist.all_reduce = lambda *_, **__: die()
-        all_reduce(tensor, **options)
+        return all_reduce(tensor, *args, **options)
 
     dist.all_reduce = patched  # in a process that is about to die
 
@@ -173,7 +174,7 @@ def test_ranks_that_are_a_commit_apart_are_told_when_they_meet_again(rank: Rank)
     """A peer that dies in the last message of an all-reduce may leave some survivors with the result."""
     layers = make_fed_layers(rank, commits=1)
     if rank.index == 1:
-        layers["b"].num_batches_tracked += 1
+        layers["b"].get_buffer("num_batches_tracked").add_(1)
     dist.destroy_process_group()
     dist.init_process_group("gloo", init_method=f"file://{rank.folder}/again", rank=rank.index, world_size=3)
     before = take_snapshot(layers)
@@ -213,7 +214,7 @@ def test_the_timeout_of_commits_on_step(rank: Rank) -> None:
 @on_ranks(3, timeout=TIMEOUT, lost={2})
 def test_a_kept_window_can_be_committed_by_the_ranks_that_are_left(rank: Rank) -> None:
     """As elastic training does: a new group, and no micro-batch of the survivors is lost."""
-    layers = make_fed_layers(rank, commits=1)
+    layers: Any = make_fed_layers(rank, commits=1)
     if rank.index == 2:
         die()
     assert_commit_fails(layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def apply_batch_norm(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     for index, window in enumerate(case.windows):
         if count_values(window) > 0:
             reference(make_global_batch(case, index))
-    return reference.running_mean, reference.running_var, reference.num_batches_tracked  # type: ignore[return-value]
+    return reference.running_mean, reference.running_var, reference.num_batches_tracked
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -189,6 +190,7 @@ def test_many_layers_are_committed_together_and_bit_identically(rank: Rank) -> N
         ]
     )
     references = [make_reference(layer) for layer in layers]
+    layer: Any
     for step in range(3):
         torch.manual_seed(10 * step + rank.index)
         for index, (layer, reference) in enumerate(zip(layers, references, strict=True)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class Row:
 
 
 @pytest.fixture
-def row(record_property: pytest.RecordProperty) -> Row:
+def row(record_property: Callable[[str, object], None]) -> Row:
     row = Row()
     record_property("row", row)
     return row
@@ -54,7 +54,7 @@ def _crew() -> Iterator[Crew]:
 
 
 @pytest.fixture
-def crew(_crew: Crew) -> Iterator[Crew]:
+def crew(_crew: Crew) -> Crew:
     """Four ranks on four nodes, in good weather; whatever a test has done to them, the next finds them well."""
     _crew.restore()
     return _crew
@@ -83,7 +83,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for report in reports
         if isinstance(report, pytest.TestReport) and report.when == "call"
         for name, row in report.user_properties
-        if name == "row"
+        if name == "row" and isinstance(row, Row)
     ]
     table = Table("fault", "moment", "must hold", "seen", "verdict", title="faults", show_lines=True)
     for r in rows:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import pickle
-import signal
 import tempfile
 import traceback
-import warnings
 from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -17,14 +13,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tests.faults.job import Job
 from tests.faults.nodes import INTERFACE, Network, Node, enter, open_network
-
-# forkserver: torch is imported once, and a rank that was killed is replaced in a tenth of a second.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_PRELOADED = ["torch", "torch.distributed", "syncaccum", "tests.faults.job"]
+from tests.processes import PipedProcess, answer_requests, begin_rank
 
 # Beyond any timeout in use: a rank that has not answered by then hangs.
 _PATIENCE = 40.0
@@ -42,15 +33,12 @@ class _Failure:
     story: str
 
 
-class RankProcess:
+class RankProcess(PipedProcess):
     """A rank and the pipes to it, which no fault of the network touches. It ends when they do."""
 
     def __init__(self, node: Node) -> None:
+        super().__init__(_serve, node.index, node.namespace)
         self.node = node
-        self._pipe, theirs = _CONTEXT.Pipe()
-        self._process = _CONTEXT.Process(target=_serve, args=(theirs, node.index, node.namespace), daemon=True)
-        self._process.start()
-        theirs.close()
         self._words: deque[str] = deque()
         self._questions = 0
 
@@ -61,44 +49,30 @@ class RankProcess:
     def post(self, name: str, *args: Any) -> None:
         self._words.clear()
         self._questions += 1
-        # Plain pickle: the pipe's own would move tensors through memory that is gone with the process.
-        self._pipe.send_bytes(pickle.dumps((name, args)))
+        self.send(name, args)
 
     def await_word(self, text: str) -> None:
         """Until the rank has told this, on its way to an answer."""
         while text not in self._words:
-            word = self._receive()
+            word = self.receive()
             assert isinstance(word, _Word), f"rank {self.node.index} answered {word} and never was {text}"
             self._words.append(word.text)
 
     def answer(self) -> Any:
-        while isinstance(reply := self._receive(), _Word):
+        while isinstance(reply := self.receive(), _Word):
             self._words.append(reply.text)
         self._questions -= 1
         assert not isinstance(reply, _Failure), f"rank {self.node.index} failed:\n{reply.story}"
         return reply
 
-    def _receive(self) -> Any:
-        assert self._pipe.poll(_PATIENCE), f"rank {self.node.index} did not answer in {_PATIENCE} s"
-        return pickle.loads(self._pipe.recv_bytes())
-
-    def signal(self, number: int) -> None:
-        assert self._process.pid is not None
-        os.kill(self._process.pid, number)
-
-    def kill(self) -> None:
-        self.signal(signal.SIGKILL)
-        self._process.join()
+    def receive(self) -> Any:
+        assert self.pipe.poll(_PATIENCE), f"rank {self.node.index} did not answer in {_PATIENCE} s"
+        return super().receive()
 
     @property
     def ready(self) -> bool:
         """Alive, and with no question open."""
-        return self._process.is_alive() and self._questions == 0
-
-    def close(self) -> None:
-        if self._process.is_alive():
-            self.kill()
-        self._pipe.close()
+        return self.is_alive() and self._questions == 0
 
 
 class Crew:
@@ -165,7 +139,6 @@ class Crew:
 
 @contextmanager
 def open_crew(size: int) -> Iterator[Crew]:
-    _CONTEXT.set_forkserver_preload(_PRELOADED)
     with open_network(size) as network, tempfile.TemporaryDirectory() as folder:
         crew = Crew(network, Path(folder))
         try:
@@ -179,17 +152,13 @@ def open_crew(size: int) -> Iterator[Crew]:
 
 def _serve(pipe: Connection, node: int, namespace: Path) -> None:
     enter(namespace)
-    os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
+    begin_rank(INTERFACE)
     job = Job(node, lambda text: pipe.send_bytes(pickle.dumps(_Word(text))))
-    while True:
+
+    def answer(name: str, args: tuple[Any, ...]) -> bytes:
         try:
-            name, args = pickle.loads(pipe.recv_bytes())
-        except EOFError:
-            return
-        try:
-            reply = getattr(job, name)(*args)
+            return pickle.dumps(getattr(job, name)(*args))
         except Exception:
-            reply = _Failure(traceback.format_exc())
-        pipe.send_bytes(pickle.dumps(reply))
+            return pickle.dumps(_Failure(traceback.format_exc()))
+
+    answer_requests(pipe, answer)

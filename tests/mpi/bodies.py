@@ -47,7 +47,7 @@ class Counting(MPI.Intracomm):
         super().Allreduce(*args, **options)
 
 
-def make_layers(comm: MPI.Comm, dtype: torch.dtype = torch.float64, **widths: int) -> nn.ModuleDict:
+def make_layers(comm: MPI.Comm, dtype: torch.dtype = torch.float64, **widths: int) -> Any:  # a ModuleDict
     layers = {name: SyncAccumBatchNorm(width, process_group=comm, dtype=dtype) for name, width in widths.items()}
     return nn.ModuleDict(layers)
 
@@ -60,6 +60,7 @@ def draw(comm: MPI.Comm, step: int, width: int, dtype: torch.dtype = torch.float
 
 
 def feed(comm: MPI.Comm, layers: nn.ModuleDict, step: int) -> None:
+    layer: Any
     for layer in layers.values():
         for x in draw(comm, step, layer.num_features):
             layer(x)
@@ -209,7 +210,7 @@ def communicators_that_cannot_be_are_refused(comm: MPI.Intracomm) -> None:
         SyncAccumBatchNorm(3, process_group=MPI.COMM_NULL)
     if comm.size > 1:
         half = comm.Split(comm.rank % 2)
-        between = half.Create_intercomm(0, comm, 1 - comm.rank % 2)
+        between = MPI.Intracomm(half).Create_intercomm(0, comm, 1 - comm.rank % 2)
         with pytest.raises(ValueError, match="intercommunicator"):
             SyncAccumBatchNorm(3, process_group=between)
     freed = comm.Dup()
@@ -227,7 +228,7 @@ def torch_distributed_starts_and_all_ranks_meet(comm: MPI.Intracomm) -> None:
     assert here == mpi.MPIRank(expected, comm.size, expected, comm.size)  # all ranks are on this machine
     total = torch.tensor(here.rank)
     dist.all_reduce(total)
-    assert (dist.get_rank(), total) == (expected, sum(range(comm.size)))
+    assert (dist.get_rank(), int(total)) == (expected, sum(range(comm.size)))
     dist.destroy_process_group()
 
 

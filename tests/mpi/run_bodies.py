@@ -31,7 +31,7 @@ def main(folder: Path) -> None:
         for body in BODIES:
             try:
                 torch.manual_seed(0)
-                body(group.Dup())
+                body(MPI.Intracomm(group.Dup()))
                 story = ""
             except BaseException:  # pytest's failures are no Exceptions
                 story = traceback.format_exc()

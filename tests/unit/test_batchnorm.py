@@ -7,6 +7,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -283,7 +284,7 @@ def test_compiled_layer_equals_eager_in_one_graph_without_recompiling(policy: st
     torch._dynamo.reset()
     eager = trained_layer(3, policy)
     layer = copy.deepcopy(eager)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    compiled: Any = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):
             x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -148,9 +150,9 @@ def test_finite_statistics_whose_sum_is_not_are_committed() -> None:
 
 
 @pytest.mark.parametrize("verb", [commit, discard])
-def test_a_model_without_layers_is_told_to_convert_first(verb: object) -> None:
+def test_a_model_without_layers_is_told_to_convert_first(verb: Callable[[nn.Module], object]) -> None:
     with pytest.raises(NoLayersError, match=r"convert_sync_accum\(model\) first"):
-        verb(nn.Sequential(nn.BatchNorm1d(3)))  # type: ignore[operator]
+        verb(nn.Sequential(nn.BatchNorm1d(3)))
 
 
 def test_torchs_own_conversion_is_noticed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def images(*sizes: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 def assert_same_gradients(model: nn.Module, reference: nn.Module) -> None:
     for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
         # Gradients that are zero by algebra (a bias before a BatchNorm) are rounding in both.
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=f"{name}: {{}}".format)
 
 
 @pytest.mark.parametrize("sizes", [(6,), (3, 3), (1, 4, 2), (0, 5, 0), (1, 1, 1, 1)], ids=str)
@@ -143,8 +144,9 @@ def test_under_no_grad_only_statistics_are_kept() -> None:
 
 def test_eval_is_plain_eval() -> None:
     model, reference = pair()
+    left: Any = model.eval().left
     parts = images(2, 1)
-    outputs = lockstep(model.eval().left, model.left, parts)
+    outputs = lockstep(left, left, parts)
     torch.testing.assert_close(torch.cat(outputs), reference.eval().left(torch.cat(parts)))
 
 
@@ -198,9 +200,10 @@ def test_grad_scaler_and_several_parameter_groups() -> None:
 
 def test_autocast_computes_in_its_dtype_and_normalises_together() -> None:
     model, reference = pair(dtype=torch.float32)
+    left: Any = model.left
     parts = images(2, 3, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = torch.cat(lockstep(model.left, model.left, parts))
+        outputs = torch.cat(lockstep(left, left, parts))
         expected = reference.left(torch.cat(parts))
     assert outputs.dtype == expected.dtype == torch.bfloat16
     # bfloat16 has 8 bits: one rounding of values of up to 4, and one of the convolution's.
@@ -209,7 +212,7 @@ def test_autocast_computes_in_its_dtype_and_normalises_together() -> None:
 
 def test_compiled_models_run_as_written() -> None:
     model, reference = pair()
-    compiled = torch.compile(model, backend="eager")
+    compiled: Any = torch.compile(model, backend="eager")
     parts = images(2, 3)
     torch.testing.assert_close(torch.cat(lockstep(compiled, compiled, parts)), reference(torch.cat(parts)))
 

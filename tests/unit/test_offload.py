@@ -30,10 +30,10 @@ class OnDevice(Tensor):
     returns = 0
 
     @property
-    def device(self) -> Any:
+    def device(self) -> Any:  # type: ignore[override] # an attribute of tensors
         return DEVICE
 
-    def to(self, device: object, non_blocking: bool = False) -> Tensor:
+    def to(self, device: object, non_blocking: bool = False) -> Tensor:  # type: ignore[override] # all that is called
         assert device is DEVICE
         OnDevice.returns += 1
         return self.as_subclass(Tensor).clone()

@@ -77,10 +77,10 @@ def test_forward_and_backward_are_those_of_the_definition(
         y, _ = normalize(x, weight, bias, policy)
         expected = plain(x, weight, bias, policy)
         dy = torch.randn(shape, dtype=torch.float64)
-        torch.testing.assert_close(y, expected, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(y, expected, msg=f"{name}: {{}}".format)
         gradients = torch.autograd.grad(y, [x, *parameters], dy)
         for actual, wanted in zip(gradients, torch.autograd.grad(expected, [x, *parameters], dy), strict=True):
-            torch.testing.assert_close(actual, wanted, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(actual, wanted, msg=f"{name}: {{}}".format)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -89,8 +89,8 @@ def test_gradcheck(order: Callable[[Tensor], Tensor], name: str) -> None:
     policy = policies(12)[name]
     x = order(torch.randn(3, C, 2, 2, dtype=torch.float64)).requires_grad_()
     weight, bias = (torch.randn(C, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert gradcheck(lambda *a: normalize(*a, policy)[0], (x, weight, bias))
-    assert gradgradcheck(lambda *a: normalize(*a, policy)[0], (x, weight, bias))
+    assert gradcheck(lambda x, w, b: normalize(x, w, b, policy)[0], (x, weight, bias))
+    assert gradgradcheck(lambda x, w, b: normalize(x, w, b, policy)[0], (x, weight, bias))
 
 
 def test_renorm_gradcheck_with_gain_and_offset_held_constant() -> None:
@@ -104,9 +104,9 @@ def test_renorm_gradcheck_with_gain_and_offset_held_constant() -> None:
         def normalizer(self, *moments: Any) -> Normalizer:
             return renorm.normalizer(*moments)._replace(gain=frozen.gain, offset=frozen.offset)
 
-    policy = Frozen()
-    assert gradcheck(lambda *a: normalize(*a, policy)[0], (x, weight, bias))  # type: ignore[arg-type]
-    assert gradgradcheck(lambda *a: normalize(*a, policy)[0], (x, weight, bias))  # type: ignore[arg-type]
+    policy: Any = Frozen()
+    assert gradcheck(lambda x, w, b: normalize(x, w, b, policy)[0], (x, weight, bias))
+    assert gradgradcheck(lambda x, w, b: normalize(x, w, b, policy)[0], (x, weight, bias))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -44,12 +44,12 @@ def test_training_on_uneven_micro_batches_equals_the_large_batch(rank: Rank) -> 
 
         optimizer.zero_grad()
         batches = list(zip(split_unevenly(whole, rank), split_unevenly(classes, rank), strict=True))
-        torch.autograd.backward(sum(lockstep(ddp, forward, batches)))
+        torch.autograd.backward(torch.stack(lockstep(ddp, forward, batches)).sum())
         optimizer.step()
         expected.zero_grad()
         torch.autograd.backward(nn.functional.cross_entropy(reference(whole), classes))
         expected.step()
     for (name, ours), theirs in zip(model.state_dict().items(), reference.state_dict().values(), strict=True):
         # The target for one step of a ResNet is 1e-12 of the gradient; three steps at this rate hardly add to it.
-        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12, msg=f"{name}: {{}}".format)
     gc.collect()  # DDP's reference cycles keep gloo busy after the group is gone
