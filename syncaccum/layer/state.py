@@ -26,7 +26,8 @@ from syncaccum.torch_private import (
     take_out_of_transforms,
 )
 
-# Micro-batches without a commit: surely forgotten. Windows of hundreds are in use.
+# So many micro-batches without a commit: surely forgotten.
+# Windows of some hundred are in use.
 _FORGOTTEN_AFTER = 1000
 
 
@@ -176,7 +177,7 @@ def tracks(layer: Any) -> bool:
 def is_counted(layer: Accumulating) -> bool:
     """Whether a forward goes into the window. Asked in each forward, as nn.BatchNorm reads its momentum in each.
 
-    Many set momentum to 0 for forwards that shall not count. A layer that had 0 from the start counts, though: its
+    Users set momentum to 0 for forwards that shall not count. A layer that had 0 from the start counts, though: its
     commits leave the statistics as they are, but add to ``num_batches_tracked``, as nn.BatchNorm's forwards do.
     """
     state = layer._accumulation
@@ -219,7 +220,7 @@ _replicas = threading.Lock()
 
 
 def _add(state: Accumulation, sums: Tensor) -> None:
-    # Some tools move a layer past _apply. The data tells where to.
+    # Some tools move a layer without _apply: follow the data.
     # An inference tensor refuses to be added to.
     if state.window.device != sums.device or state.window.is_inference():
         state.window = _bring_home(state.window, sums.device)
@@ -307,7 +308,7 @@ def commit_momentum(layer: Accumulating) -> float | None:
     Ranks compare it before a commit. So a rank with an empty window must say what the others say.
     """
     # A pause is momentum 0 for forwards that do not count.
-    # It may still be in force now, and is no factor of a commit.
+    # It may be on now, and is no factor of a commit.
     state, momentum = layer._accumulation, layer.momentum
     paused = momentum == 0 and not state.always_counts
     return state.momentum if state.is_open or paused else momentum

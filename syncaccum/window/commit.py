@@ -137,8 +137,8 @@ def commit_layers(
     try:
         for_each_group(layers, commit_group)
     finally:
-        # Last: a warning may be made an error, and peers of the
-        # next group would wait for this rank.
+        # Last: a warning may be an error.
+        # Earlier, peers of the next group would wait.
         if discarded:
             _warn_of_discarded(discarded)
     applied = tuple(name for name, count in values.items() if count > 0)
@@ -159,7 +159,7 @@ def _is_ours(layer: Accumulating, count: int) -> bool:
 
 
 def _commit_group(group: Group, transport: Transport, members: Sequence[NamedLayer]) -> list[int]:
-    # No no_grad: a signal inside of it may leave it in force.
+    # Not in no_grad: a signal may leave it in force.
     # Nothing here requires gradients.
     layout, message_size = verify_layout(group, transport, members)
     windows = [layer._accumulation.window for _, layer in members]
@@ -204,7 +204,7 @@ def _judge(
 ) -> list[int]:
     """Values per channel by layer. Raises on what no rank may apply, from reduced values: all ranks raise or none."""
     at, *_ = layout.indices(reduced.device)
-    # All in one tolist(): on a GPU each would wait for the device.
+    # One tolist() for all: each waits for a GPU.
     # NaN and Inf survive the sum of everything: no mask is needed.
     *verdict, checksum = torch.cat([reduced[:HEADER], reduced[at], reduced.sum().reshape(1)]).tolist()
     header, counts = verdict[:HEADER], verdict[HEADER:]
@@ -301,7 +301,7 @@ def _judge_rounded(layout: Layout, members: Sequence[NamedLayer], current: Seque
 
     They come from reduced values and from running statistics. Both are equal on all ranks, so all decide alike.
     """
-    # float32 at least: a float16 sum of good values may be Inf.
+    # float32 at least: in float16 good values sum to Inf.
     if math.isfinite(rounded.sum(dtype=torch.promote_types(rounded.dtype, torch.float32)).item()):
         return
     # The sum itself may be too large: now look at each layer.
