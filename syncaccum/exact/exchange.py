@@ -27,10 +27,16 @@ class Visit(NamedTuple):
     number: int
     """How many visits came before, in this lockstep."""
     layer: str
+    origin: int
+    """Of what the ranks subtract from their values, a checksum."""
 
     def describe(self, direction: str) -> list[str]:
         """For ranks at odds: the call, the layer, and where in the lockstep that is."""
-        return ["lockstep", self.layer, f"{direction} of meeting {self.number}, lockstep {self.lockstep[1]}"]
+        return [
+            "lockstep",
+            self.layer,
+            f"{direction} of meeting {self.number}, lockstep {self.lockstep[1]}, running mean {self.origin:x}",
+        ]
 
 
 class Exchange:
@@ -48,10 +54,16 @@ class Exchange:
         self._lockstep = self._agreement.begin_lockstep()
         self._visits = 0
 
-    def open_visit(self, layer: str) -> Visit:
-        """The next meeting, at this layer."""
+    @property
+    def is_alone(self) -> bool:
+        return self._transport.size == 1
+
+    def open_visit(self, layer: str, origin: Tensor) -> Visit:
+        """The next meeting, at this layer, where all ranks measure from this float64 origin."""
         self._visits += 1
-        return Visit(self._lockstep, self._visits, layer)
+        # Bits add up to the same in any order.
+        checksum = 0 if self.is_alone else int(origin.view(torch.int64).sum())
+        return Visit(self._lockstep, self._visits, layer, checksum % 2**64)
 
     def moments(self, visit: Visit, mine: Tensor, count: int) -> Moments:
         """Everyone's moments, from this rank's packed ones. Collective."""

@@ -47,6 +47,10 @@ def lockstep(
     differ between ranks. Each layer communicates once in forward and once in backward, however many micro-batches.
     Each rank's sums go to its layers' windows: ``commit`` stays what closes the window.
 
+    Alone, a process is as accurate as nn.BatchNorm in float64 at any mean. Ranks send sums of x less the running mean,
+    in float64, which lose ``((mean - running mean)/std)^2 * 1e-16`` of the variance: 1e-8 where that ratio is 1e4. What
+    goes to the windows has the limit of :class:`Moments`.
+
     Args:
         model: what ``forward`` calls, with SyncAccumBatchNorm layers (their policy does not matter here). Pass the
             DistributedDataParallel wrapper if there is one: its gradients come out as DDP's average over ranks.

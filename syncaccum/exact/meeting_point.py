@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from syncaccum.errors import LockstepError
 from syncaccum.exact.exchange import Exchange
-from syncaccum.layer.measure import measure
+from syncaccum.layer.measure import measure, merge
 from syncaccum.layer.memory_order import make_dense, per_channel
 from syncaccum.layer.passes import normalize_together
 from syncaccum.layer.policies import Normalizer
-from syncaccum.layer.state import Accumulating, accumulate
+from syncaccum.layer.state import Accumulating, accumulate, committed_mean
+from syncaccum.moments import pack_statistics
 from syncaccum.ranks.groups import Group, resolve_group
 from syncaccum.window.layers import named_layers
 
@@ -92,15 +93,18 @@ class MeetingPoint:
                 "inside not_counted"
             )
         exchange = self._exchange_of(first.layer)
-        visit = exchange.open_visit(name)
         with torch.no_grad():
             measured = [measure(a.x) for a in arrivals]
-            mine = torch.stack([m.sums() for m in measured]).sum(0)
-            everyones = exchange.moments(visit, mine, sum(m.n for m in measured))
+            count, mean, variance = merge(measured)
+            # Sums of squares of a large mean lose the variance.
+            committed = committed_mean(first.layer)
+            origin = mean if exchange.is_alone else torch.zeros_like(mean) if committed is None else committed
+            visit = exchange.open_visit(name, origin)
+            everyones = exchange.moments(visit, pack_statistics(count, mean - origin, variance), count)
             if first.counts:
-                self._statistics.append((first.layer, mine))
+                self._statistics.append((first.layer, torch.stack([m.sums() for m in measured]).sum(0)))
             scale = torch.rsqrt(everyones.variance + first.eps)
-            norm = Normalizer(everyones.mean, scale, None, None, 1 / everyones.count)
+            norm = Normalizer(everyones.mean + origin, scale, None, None, 1 / everyones.count)
         xs = [a.x for a in arrivals]
         if all(a.weight is first.weight and a.bias is first.bias for a in arrivals):
             return normalize_together(xs, measured, first.weight, first.bias, norm, exchange.sums_of(visit))

@@ -14,8 +14,10 @@ from syncaccum.layer.state import (
     Accumulating,
     accumulate,
     adopt,
+    has_statistics,
     is_counted,
     note_forward,
+    note_untracked_forward,
     tracks,
     warn_if_uncommitted,
 )
@@ -130,12 +132,12 @@ class SyncAccumBatchNorm(Accumulating):
         """Commit this layer alone. Collective: every rank of its group calls it; see :func:`syncaccum.commit`.
 
         In a model, ``syncaccum.commit(model)`` sends one message for all layers instead of one for each. Does
-        nothing with ``track_running_stats=False``, and where no rank has accumulated anything.
+        nothing without running statistics, and where no rank has accumulated anything.
 
         Raises:
             CommitError: and its kinds, as :func:`syncaccum.commit`.
         """
-        if tracks(self):
+        if has_statistics(self):
             commit_layers([(type(self).__name__, self)])
 
     def discard(self) -> None:
@@ -152,8 +154,8 @@ class SyncAccumBatchNorm(Accumulating):
         if counts or (uses_batch and in_lockstep()):
             return normalize_and_accumulate(self, input, self.weight, self.bias, self.eps, counts=counts)
         # A warning would break a compiled graph in two.
-        if not self.training and not torch.compiler.is_compiling():
-            warn_if_uncommitted(self)
+        if not torch.compiler.is_compiling():
+            note_untracked_forward(self) if self.training else warn_if_uncommitted(self)
         # All that is left is what nn.BatchNorm does.
         return super().forward(input)
 

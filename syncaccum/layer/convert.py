@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from syncaccum.layer.batchnorm import SyncAccumBatchNorm
-from syncaccum.layer.routing import forward_through
+from syncaccum.layer.routing import call_through, forward_through
 from syncaccum.layer.settings import check_momentum, check_settings
 from syncaccum.layer.state import TRACED_AS, adopt, release
 from syncaccum.ranks.groups import Group, GroupHandle
@@ -36,7 +36,8 @@ def convert_sync_accum(module: M, process_group: Group = None, normalization: st
     A subclass with a forward of its own keeps it. Where that calls ``F.batch_norm`` or ``torch.batch_norm`` in
     training with the layer's own running statistics, the layer accumulates and normalises under the policy. All
     other calls do what torch does. A subclass that normalises by itself is named in one warning by its first training
-    forward; a commit leaves it alone.
+    forward; a commit leaves it alone. A forward that a tool has put on the instance, as accelerate's hooks do, is taken
+    likewise.
 
     Args:
         module: a BatchNorm layer or any module that contains some, also inside DDP.
@@ -222,10 +223,12 @@ _made: weakref.WeakValueDictionary[tuple[Any, ...], type[SyncAccumBatchNorm]] = 
 
 
 def _own_names(layer: Any) -> frozenset[str]:
-    """Those of our public names that the instance uses for something of its own."""
+    """Names of ours that the instance uses for something of its own."""
     own: set[str] = set(vars(layer)).union(buffers_of(layer), parameters_of(layer), submodules_of(layer))
+    # "forward" for one that a tool has put on the instance.
+    names = own.intersection((*_PUBLIC, "forward"))
     # A SyncBatchNorm's group is not its own: ours replaces it.
-    return frozenset(own.intersection(_PUBLIC)) - ({"process_group"} if isinstance(layer, nn.SyncBatchNorm) else set())
+    return frozenset(names) - ({"process_group"} if isinstance(layer, nn.SyncBatchNorm) else set())
 
 
 def _make_class(base: type[SyncAccumBatchNorm], source: type, own_names: frozenset[str]) -> type[SyncAccumBatchNorm]:
@@ -241,10 +244,12 @@ def _make_class(base: type[SyncAccumBatchNorm], source: type, own_names: frozens
             "__module__": TRACED_AS,
         }
         # What the subclass or its instance has wins over ours.
-        body.update({name: _OwnAttribute(name) for name in own_names})
+        body.update({name: _OwnAttribute(name) for name in own_names - {"forward"}})
         body.update({name: inspect.getattr_static(source, name) for name in _PUBLIC if hasattr(source, name)})
         if source.forward not in _FORWARDS_OF_TORCH:  # type: ignore[attr-defined]
             body["forward"] = _make_forward(source)
+        if "forward" in own_names:
+            body["__call__"] = _call
         # DDP asks for SyncBatchNorm, and then insists on a GPU.
         bases = (base,) if issubclass(source, nn.SyncBatchNorm) else (base, source)
         # BatchNorm2d becomes SyncAccumBatchNorm2d.
@@ -272,11 +277,17 @@ def _make_forward(source: type) -> Any:
     return forward
 
 
+def _call(self: SyncAccumBatchNorm, *args: Any, **kwargs: Any) -> Any:
+    return call_through(self, args, kwargs)
+
+
 def _reduce(self: SyncAccumBatchNorm, protocol: Any) -> Any:
     """How a layer is pickled and copied: by what its class was made from, because made classes cannot be imported."""
     if "_made_from" not in vars(type(self)):  # a tool's class on top has its own way
         return super(SyncAccumBatchNorm, self).__reduce_ex__(protocol)
-    return make_instance, self._made_from, self.__dict__
+    # Before Python 3.11 only a class that leaves something out has it.
+    own_state = getattr(self, "__getstate__", None)
+    return make_instance, self._made_from, self.__dict__ if own_state is None else own_state()
 
 
 def make_instance(base: type[SyncAccumBatchNorm], source: type, own_names: frozenset[str]) -> Any:

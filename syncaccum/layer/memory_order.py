@@ -48,3 +48,13 @@ def match_order(dy: Tensor, x: Tensor) -> Tensor:
 def per_channel(vector: Tensor, like: Tensor) -> Tensor:
     """A vector of shape (C,) as one that broadcasts over ``like``: (1, C, 1, ...)."""
     return vector.reshape(1, -1, *[1] * (like.dim() - 2))
+
+
+def as_passes(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """The view that torch's kernels walk in memory order, (N, C, L) rows or (values, C); ``like`` decides which."""
+    return x.flatten(2) if is_rows(x if like is None else like) else as_columns(x)
+
+
+def is_on_cuda(x: Tensor) -> bool:
+    """Whether torch's CUDA kernels are to be called. Asked here only: tests put a stand-in in their place."""
+    return x.is_cuda

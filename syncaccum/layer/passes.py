@@ -4,7 +4,8 @@ Whatever the policy, every forward is ``y = a x + b`` per channel and every back
 with the sums of dy and dy*x_hat: moments of x, affine of x, moments of dy, affine of dy and x. Policies differ in
 C-sized arithmetic only (`policies`).
 
-The first pass is in `measure`; the two memory orders in which data is seen are in `memory_order`.
+The first pass is in `measure`; the two memory orders in which data is seen are in `memory_order`. On a GPU the passes
+are the kernels of nn.SyncBatchNorm, which take vectors in float32 for float16 and bfloat16 data, and no empty tensor.
 """
 
 from __future__ import annotations
@@ -15,8 +16,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from syncaccum.layer.measure import Measured, channel_origin, measure
-from syncaccum.layer.memory_order import as_columns, is_rows, make_dense, match_order, per_channel
+from syncaccum.layer.measure import Measured, measure
+from syncaccum.layer.memory_order import (
+    as_passes,
+    is_on_cuda,
+    is_rows,
+    make_dense,
+    match_order,
+    per_channel,
+)
 from syncaccum.layer.policies import Normalizer, Policy
 from syncaccum.moments import pack_statistics
 from syncaccum.torch_private import is_transformed
@@ -40,13 +48,17 @@ def _shift_center(measured: Measured, norm: Normalizer, narrow: Normalizer) -> N
 
 def _apply_affine(x: Tensor, center: Tensor, slope: Tensor, shift: Tensor | None) -> Tensor:
     """A new tensor, (x - center) slope + shift, per channel."""
-    if is_rows(x) or x.is_cuda:
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    shift = None if shift is None else shift.to(x.dtype)
+    slope = slope.to(x.dtype)
+    if is_on_cuda(x):
+        return torch.batch_norm_elemt(as_passes(x), None, shift, center, slope, 0.0).as_strided(x.shape, x.stride())
+    if is_rows(x):
         # nn.BatchNorm's eval forward: the one kernel that walks rows once.
         # addcmul takes six times as long in rows; in columns it is faster.
-        shift = None if shift is None else shift.to(x.dtype)
-        return torch.native_batch_norm(x, slope.to(x.dtype), shift, center, torch.ones_like(center), False, 0.0, 0.0)[0]
-    intercept = _intercept(center, slope, shift).to(x.dtype)
-    return torch.addcmul(per_channel(intercept, x), x, per_channel(slope.to(x.dtype), x))
+        return torch.native_batch_norm(x, slope, shift, center, torch.ones_like(center), False, 0.0, 0.0)[0]
+    return torch.addcmul(per_channel(_intercept(center, slope, shift), x), x, per_channel(slope, x))
 
 
 def _intercept(center: Tensor, slope: Tensor, shift: Tensor | None) -> Tensor:
@@ -72,13 +84,15 @@ def gradients_of_own_statistics(
 
     Where the statistics are this micro-batch's alone, torch has a kernel for both.
     """
+    if is_on_cuda(x) and (weight is None or x.numel() == 0):
+        # CUDA's kernel takes the dtype of parameters from the weight.
+        sums = gradient_sums(dy, x, norm)
+        return apply_gradient(dy, x, weight, norm, sums) if needed[0] else None, sums[1], sums[0]
     weight = None if weight is None else weight.to(norm.center.dtype)
-    columns = not is_rows(x)
-    dy_, x_ = (as_columns(dy), as_columns(x)) if columns else (dy, x)
     dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-        dy_, x_, weight, None, None, norm.center, norm.scale, True, 0.0, needed
+        as_passes(dy, x), as_passes(x), weight, None, None, norm.center, norm.scale, True, 0.0, needed
     )
-    if columns and dx is not None:
+    if dx is not None:
         dx = dx.as_strided(x.shape, x.stride())
     return dx, dweight, dbias
 
@@ -88,8 +102,12 @@ def gradient_sums(dy: Tensor, x: Tensor, norm: Normalizer) -> tuple[Tensor, Tens
     if x.numel() == 0:
         zeros = torch.zeros_like(norm.center)
         return zeros, zeros
-    if not is_rows(x):
-        dy, x = as_columns(dy), as_columns(x)
+    dy, x = as_passes(dy, x), as_passes(x)
+    if is_on_cuda(x):
+        sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
+            dy, x, norm.center, norm.scale, None, True, False, False
+        )
+        return sum_dy, sum_dy_xmu * norm.scale
     # The reduction that torch's own BatchNorm uses; it subtracts the center before it multiplies.
     _, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
         dy, x, None, None, None, norm.center, norm.scale, True, 0.0, [False, True, True]
@@ -106,10 +124,39 @@ def apply_gradient(
     a = per_channel(slope.to(wide), x)
     if norm.feedback is None:
         return (dy * a).to(x.dtype)
+    if is_on_cuda(x):
+        return _apply_gradient_on_cuda(dy, x, weight, norm, norm.feedback, sums)
     sum_dy, sum_dy_xhat = sums
     pull = slope * -norm.feedback
     b = pull * norm.scale * sum_dy_xhat
     return _apply_affine(x.to(wide), norm.center, b, pull * sum_dy).addcmul_(dy, a).to(x.dtype)
+
+
+def _apply_gradient_on_cuda(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    norm: Normalizer,
+    feedback: Tensor | float,
+    sums: tuple[Tensor, Tensor],
+) -> Tensor:
+    r"""The kernel gives :math:`\gamma s (dy - (S_1 + (x - c) s^2 S_2) / n)`; our feedback stands for its 1/n."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    wide = norm.center.dtype
+    gamma = weight if norm.gain is None else norm.gain if weight is None else norm.gain * weight
+    sum_dy, sum_dy_xhat = ((s * feedback).to(wide) for s in sums)
+    dx = torch.batch_norm_backward_elemt(
+        as_passes(dy, x),
+        as_passes(x),
+        norm.center,
+        norm.scale,
+        None if gamma is None else gamma.to(wide),
+        sum_dy,
+        sum_dy_xhat / norm.scale,
+        torch.ones(1, dtype=torch.int32, device=x.device),
+    )
+    return dx.as_strided(x.shape, x.stride())
 
 
 def parameter_gradients(norm: Normalizer, sums: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -229,7 +276,7 @@ def _compose(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Poli
     n = x.numel() // x.shape[1]
     dims = [d for d in range(x.dim()) if d != 1]
     values = x.to(torch.promote_types(x.dtype, torch.float32))
-    origin = channel_origin(values.detach())
+    origin = values.detach().mean(dims)
     shifted = values - per_channel(origin, x)
     mean_of_shifted = shifted.mean(dims)
     centered = shifted - per_channel(mean_of_shifted, x)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from syncaccum.errors import LockstepError
 from syncaccum.layer import surroundings
 from syncaccum.layer.batchnorm import in_lockstep, normalize_and_accumulate
-from syncaccum.layer.state import Accumulating, tracks, warn_if_uncommitted
+from syncaccum.layer.state import Accumulating, note_untracked_forward, tracks, warn_if_uncommitted
 from syncaccum.torch_private import BatchNormBase, buffers_of
 
 
@@ -61,11 +62,21 @@ def forward_through(layer: Any, source: type, args: Any, kwargs: Any) -> Any:
     with _Route(layer) as route:
         output = source.forward(_seen_as(layer, source), *args, **kwargs)  # type: ignore[attr-defined]
     if not torch.compiler.is_compiling():
+        note_untracked_forward(layer)
         if not layer.training:
             warn_if_uncommitted(layer)
         elif not route.met_own_statistics:
             _tell_if_it_normalises_itself(layer, source)
     return output
+
+
+def call_through(layer: Any, args: Any, kwargs: Any) -> Any:
+    """A call of a layer on whose instance a tool has put a forward: its training calls of batch_norm are ours, too.
+
+    Tools put the bound forward of the layer's first class there, as accelerate's hooks do, and take it out again.
+    """
+    with _Route(layer) if "forward" in vars(layer) else nullcontext():
+        return nn.Module.__call__(layer, *args, **kwargs)
 
 
 class _Route(TorchFunctionMode):

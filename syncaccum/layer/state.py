@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import threading
 import warnings
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from syncaccum.layer.settings import check_settings
+from syncaccum.errors import CommitError
+from syncaccum.layer.accumulation import Accumulation
+from syncaccum.layer.following import bring_home, follow
 from syncaccum.moments import Moments
 from syncaccum.ranks.groups import Group, GroupHandle
 from syncaccum.torch_private import (
@@ -29,60 +30,6 @@ from syncaccum.torch_private import (
 # So many micro-batches without a commit: surely forgotten.
 # Windows of some hundred are in use.
 _FORGOTTEN_AFTER = 1000
-
-
-@dataclass
-class Accumulation:
-    """What accumulating adds to a BatchNorm: its settings and its open window."""
-
-    handle: GroupHandle
-    normalization: str
-    r_max: float
-    d_max: float
-    prior_count: float
-    # Not a buffer: DDP overwrites buffers with rank 0's.
-    # FSDP and .half() cast them.
-    window: Tensor
-    """Packed moments, float64."""
-    momentum: float | None
-    """The layer's at the last forward that counted. A commit uses it for the window, even if the layer's changed."""
-    always_counts: bool
-    """Whether the layer had momentum 0 from the start. Else a forward under momentum 0 counts nothing."""
-    is_open: bool = False
-    """Whether any forward counted since the last commit."""
-    is_committed: bool = False
-    """Whether there was a commit since the statistics were reset. One without any values is enough."""
-    has_normalised: bool = False
-    """Whether any training forward used the running statistics as they are now: see `note_forward`."""
-    micro_batches: int = 0
-    """How many are in the open window; those of compiled forwards aside, which run no Python."""
-    uncounted: int = 0
-    """How many ``not_counted`` are open."""
-    name: str = ""
-    """In the model that was converted; for messages."""
-    normalises_itself: bool = False
-    """Whether its forward calls no batch_norm, so that nothing is accumulated. Its first training forward tells."""
-    said: set[str] = field(default_factory=set)
-    """Warnings that were given. The layers of one conversion share it: one of them speaks for all."""
-
-    def __post_init__(self) -> None:
-        check_settings(self.normalization, self.r_max, self.d_max, self.prior_count)
-
-    def drop(self) -> None:
-        """Forget the open window."""
-        self.window.zero_()
-        self.close()
-
-    def close(self) -> None:
-        """The window is empty: a new one starts."""
-        self.micro_batches = 0
-        self.is_open = False
-
-    def replace_statistics(self, *, is_committed: bool) -> None:
-        """Start anew, because the running statistics came from elsewhere. The window belonged to those before."""
-        self.drop()
-        self.is_committed = is_committed
-        self.has_normalised = False
 
 
 TRACED_AS = "torch.nn.modules.batchnorm"
@@ -109,27 +56,8 @@ class Accumulating(BatchNormBase):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # What is made under inference_mode refuses to change later.
         with torch.inference_mode(False):
-            self._accumulation.window = _follow(self._accumulation.window, fn)
+            self._accumulation.window = follow(self._accumulation.window, fn)
         return self
-
-
-def _follow(window: Tensor, fn: Any) -> Tensor:
-    """The window on the device that ``fn`` moves tensors to, every bit as it was; empty where the sums are lost."""
-    # As integers, which .half() and .to(dtype) leave alone.
-    bits = window.view(torch.int64)
-    moved = fn(bits)
-    # to_empty() gives memory with anything in it.
-    emptied = moved.dtype == torch.int64 and not moved.is_meta and not bits.is_meta and not _equal(moved, bits)
-    if moved.is_meta or bits.is_meta or emptied:
-        # A meta tensor has no values to move, either.
-        return torch.zeros_like(window, device=moved.device)
-    # Of the answer only the device is taken.
-    return window.to(moved.device)
-
-
-def _equal(first: Tensor, second: Tensor) -> bool:
-    # Most often nothing moved: no copy from a GPU then.
-    return first is second or torch.equal(first.cpu(), second.cpu())
 
 
 def adopt(
@@ -158,6 +86,24 @@ def adopt(
     )
 
 
+def match_width(layer: Accumulating) -> None:
+    """Give a layer whose channels were pruned or added since a window of its new width.
+
+    Raises:
+        CommitError: the open window is of the old width.
+    """
+    state = layer._accumulation
+    size = Moments.packed_size(layer.num_features)
+    if state.window.numel() == size:
+        return
+    if not state.window.is_meta and state.window[0] != 0:
+        raise CommitError(
+            f"layer {state.name or type(layer).__name__} has {layer.num_features} channels now, and an open window of "
+            "another width: commit(model) or discard(model) before its channels are pruned or added"
+        )
+    state.window = Moments.zeros_packed(layer.num_features, state.window.device)
+
+
 def release(layer: Any) -> None:
     """Undo `adopt`."""
     del layer._accumulation
@@ -168,10 +114,24 @@ def _make_window(layer: Any) -> Tensor:
     return Moments.zeros_packed(layer.num_features, None if running_mean is None else running_mean.device)
 
 
+def has_statistics(layer: Any) -> bool:
+    """Whether the layer has running statistics, so that it takes part in commits."""
+    return buffers_of(layer)["running_mean"] is not None
+
+
 def tracks(layer: Any) -> bool:
-    """Whether the layer has running statistics to commit to, as nn.BatchNorm asks in each forward."""
-    buffers = buffers_of(layer)
-    return bool(layer.track_running_stats) and buffers["running_mean"] is not None
+    """Whether a forward goes into the running statistics, as nn.BatchNorm asks in each.
+
+    Not asked at a commit: the flag may have been switched off since, and the window holds what counted.
+    """
+    return bool(layer.track_running_stats) and has_statistics(layer)
+
+
+def committed_mean(layer: Accumulating) -> Tensor | None:
+    """The running mean in float64, equal on every rank; 0 where it is NaN or Inf, None where there is none."""
+    if not has_statistics(layer):
+        return None
+    return cast(Tensor, buffers_of(layer)["running_mean"]).to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
 
 
 def is_counted(layer: Accumulating) -> bool:
@@ -200,6 +160,7 @@ def accumulate(layer: Accumulating, sums: Tensor) -> None:
     # A checkpoint's second forward: its data was counted in the first.
     if runs_in_backward():
         return
+    match_width(layer)
     if is_transformed():
         _refuse_vmap(layer, sums)
         with outside_transforms():
@@ -223,15 +184,8 @@ def _add(state: Accumulation, sums: Tensor) -> None:
     # Some tools move a layer without _apply: follow the data.
     # An inference tensor refuses to be added to.
     if state.window.device != sums.device or state.window.is_inference():
-        state.window = _bring_home(state.window, sums.device)
+        state.window = bring_home(state.window, sums.device)
     state.window.add_(sums)
-
-
-def _bring_home(window: Tensor, device: torch.device) -> Tensor:
-    """The window on the device of the data, as an ordinary tensor."""
-    if window.is_meta:  # which never held a sum
-        return torch.zeros_like(window, device=device)
-    return window.detach().clone().to(device)
 
 
 def _refuse_vmap(layer: Accumulating, sums: Tensor) -> None:
@@ -256,18 +210,33 @@ def note_forward(layer: Accumulating) -> None:
     """Note that a training forward uses the running statistics as they are now. Not called in compiled forwards.
 
     Raises:
-        RuntimeError: it is a checkpoint's second forward, and the first one used other statistics: wrong gradients.
+        RuntimeError: it is a checkpoint's second one, and the first used others, so its gradient would be wrong; or
+            the first did not count, and nothing would.
     """
     state = layer._accumulation
     if not runs_in_backward():
         state.has_normalised = True
-    # Policy "batch" looks at no running statistics.
-    elif not state.has_normalised and state.normalization != "batch":
+    if state.has_normalised:
+        return
+    name = state.name or type(layer).__name__
+    if state.ran_untracked:
         raise RuntimeError(
-            f"torch.utils.checkpoint runs the forward of layer {state.name or type(layer).__name__} again, but its "
-            "running statistics were committed or loaded since the first time, so the gradient would be of something "
-            'else: call backward() before commit, or use normalization="batch"'
+            f"torch.utils.checkpoint runs the forward of layer {name} again, but the first time it had "
+            "track_running_stats=False, so nothing was counted. Some wrappers switch it off (fairscale's "
+            "checkpoint_wrapper does): use torch.utils.checkpoint, under which this layer counts once"
         )
+    if state.normalization != "batch":
+        raise RuntimeError(
+            f"torch.utils.checkpoint runs the forward of layer {name} again, but its running statistics were "
+            "committed or loaded since the first time, so the gradient would be of something else: call backward() "
+            'before commit, or use normalization="batch"'
+        )
+
+
+def note_untracked_forward(layer: Accumulating) -> None:
+    """Know that a training forward did not count, though the layer has running statistics."""
+    if layer.training and has_statistics(layer) and not tracks(layer) and not runs_in_backward():
+        layer._accumulation.ran_untracked = True
 
 
 def warn_if_uncommitted(layer: Accumulating) -> None:

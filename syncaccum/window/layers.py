@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from syncaccum.errors import CommitError, NoLayersError
-from syncaccum.layer.state import Accumulating, tracks
+from syncaccum.layer.state import Accumulating, has_statistics, match_width
 from syncaccum.ranks.groups import Group, resolve_group
 
 NamedLayer = tuple[str, Accumulating]
@@ -29,9 +29,11 @@ _WRAPPERS = {
 
 def tracking_layers(model: nn.Module) -> list[NamedLayer]:
     """The named layers of a model that take part in its commits, in module order, each once."""
-    layers = [(name, layer) for name, layer in named_layers(model) if tracks(layer)]
+    layers = [(name, layer) for name, layer in named_layers(model) if has_statistics(layer)]
     if not layers:
         raise NoLayersError(f"no SyncAccumBatchNorm layer of {type(model).__name__} tracks statistics")
+    for _, layer in layers:
+        match_width(layer)
     return layers
 
 

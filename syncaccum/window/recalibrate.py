@@ -32,8 +32,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any
     and knows no ranks.
 
     All modules are in training mode meanwhile, as in ``update_bn``, and each batch is normalised with its own
-    statistics. The sums are float64. No gradient is recorded. Open windows are dropped. ``num_batches_tracked``
-    becomes 1. ``momentum``, policies and training flags are afterwards what they were.
+    statistics. No gradient is recorded. Open windows are dropped. ``num_batches_tracked`` becomes 1. ``momentum``,
+    policies and training flags are afterwards what they were.
 
     Collective: every rank calls it, also one without batches. It costs one commit: one all-reduce.
 

@@ -226,3 +226,37 @@ def test_groups_of_their_own(rank: Rank) -> None:
     layer = SyncAccumBatchNorm(3, process_group=groups[rank.index], dtype=torch.float64)
     parts = [torch.randn(2 + rank.index, 3, dtype=torch.float64) for _ in range(2)]
     torch.testing.assert_close(torch.cat(lockstep(layer, layer, parts)), nn.BatchNorm1d(3).double()(torch.cat(parts)))
+
+
+@pytest.mark.parametrize("ratio", [1e4, 1e7, 1e9])
+@on_ranks(2)
+def test_a_mean_of_many_standard_deviations_that_was_committed(rank: Rank, ratio: float) -> None:
+    """Ranks send sums of what is left once the running mean is taken away."""
+    layer = convert_sync_accum(nn.BatchNorm2d(1, momentum=1.0).double())
+    reference = nn.BatchNorm2d(1).double()
+    whole = images(0, 10) + ratio
+    parts = share(whole, rank.index, 2)
+    for _ in range(2):  # the second time from the running mean on
+        y = torch.cat(lockstep(layer, layer, parts))
+        commit(layer)
+    expected = reference(whole)[: len(y)] if rank.index == 0 else reference(whole)[-len(y) :]
+    # The last places of the mean and of the running mean in float64, in standard deviations.
+    tolerance = 8 * ratio * torch.finfo(torch.float64).eps
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+
+
+@on_ranks(2)
+def test_running_means_that_differ_between_ranks_are_found(rank: Rank) -> None:
+    layer = convert_sync_accum(nn.BatchNorm2d(1).double())
+    layer.running_mean.fill_(rank.index)
+    with pytest.raises(LockstepError, match="forward of meeting 1, lockstep 1, running mean"):
+        lockstep(layer, layer, [images(0, 2)])
+
+
+@on_ranks(2)
+def test_a_running_mean_that_is_not_finite_spoils_no_output(rank: Rank) -> None:
+    layer = convert_sync_accum(nn.BatchNorm2d(1).double())
+    layer.running_mean.fill_(float("nan"))
+    whole = images(0, 4)
+    (y,) = lockstep(layer, layer, [whole[2 * rank.index :][:2]])
+    torch.testing.assert_close(y, nn.BatchNorm2d(1).double()(whole)[2 * rank.index :][:2])

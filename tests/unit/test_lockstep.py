@@ -69,6 +69,28 @@ def assert_same_gradients(model: nn.Module, reference: nn.Module) -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=f"{name}: {{}}".format)
 
 
+@pytest.mark.parametrize("ratio", [1e4, 1e7, 1e9])
+@pytest.mark.parametrize("shift", [0.0, 50.0])  # of each micro-batch against the one before, in standard deviations
+@pytest.mark.parametrize("sizes", [(6,), (2, 1, 3), (0, 4, 2)], ids=str)
+def test_a_mean_of_many_standard_deviations(sizes: tuple[int, ...], shift: float, ratio: float) -> None:
+    """float64 sums of squares lose the variance from 1e8 on: outputs were 920 where nn.BatchNorm gives 2.9."""
+    model, reference = pair(lambda: nn.BatchNorm2d(2))
+    generator = torch.Generator().manual_seed(0)
+    parts = [
+        torch.randn(n, 2, 6, 6, dtype=torch.float64, generator=generator) + ratio + shift * i
+        for i, n in enumerate(sizes)
+    ]
+    xs = [part.clone().requires_grad_() for part in parts]
+    whole = torch.cat(parts).requires_grad_()
+    y, expected = torch.cat(lockstep(model, model, xs)), reference(whole)
+    # The mean's last place in float64, in standard deviations.
+    tolerance = 4 * ratio * torch.finfo(torch.float64).eps
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    dy = torch.randn(whole.shape, dtype=torch.float64, generator=generator)
+    dx = torch.cat(torch.autograd.grad(y, xs, dy))
+    torch.testing.assert_close(dx, *torch.autograd.grad(expected, whole, dy), rtol=tolerance, atol=10 * tolerance)
+
+
 @pytest.mark.parametrize("sizes", [(6,), (3, 3), (1, 4, 2), (0, 5, 0), (1, 1, 1, 1)], ids=str)
 def test_outputs_gradients_and_statistics_are_those_of_the_whole_batch(sizes: tuple[int, ...]) -> None:
     model, reference = pair()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from syncaccum import SyncAccumBatchNorm
-from syncaccum.layer.measure import channel_origin, measure
+from syncaccum.layer.measure import channel_origin, measure, merge
 from tests.oracle import reference
 
 # What nn.BatchNorm in float64 gives, to this relative error: some roundings of float32, 6e-8 each.
@@ -130,3 +130,20 @@ def test_the_origin_is_near_the_mean_whatever_is_in_the_middle(
         deviation = (channel_origin(order(x)) - flat.mean(0)).abs() / flat.std(0)
         # The whole tensor's median is within 1; that of a sample of two values may be further off.
         assert deviation.max() < 5
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1e4, 1e9])
+@pytest.mark.parametrize("sizes", [(4,), (2, 0, 5, 1), (0, 0)], ids=str)
+def test_merged_micro_batches_are_the_whole_batch(sizes: tuple[int, ...], ratio: float) -> None:
+    parts = [random((n, 3, 7), seed=i).double() * (i + 1) + ratio + i for i, n in enumerate(sizes)]
+    whole = torch.cat(parts).movedim(1, -1).reshape(-1, 3)
+    n, mean, variance = merge([measure(part) for part in parts])
+    assert n == whole.shape[0]
+    if n == 0:
+        assert not mean.any()
+        assert not variance.any()
+        return
+    # Twice the last place of the mean in float64, against a deviation of about 1.
+    tolerance = max(1e-14, 4 * ratio * torch.finfo(torch.float64).eps)
+    torch.testing.assert_close(mean, whole.mean(0), rtol=0, atol=tolerance)
+    torch.testing.assert_close(variance, whole.var(0, correction=0), rtol=tolerance, atol=0)

@@ -182,3 +182,20 @@ def test_the_input_is_never_written_to() -> None:
         before = x.clone()
         normalize(x, None, None, Batch(EPS))
         assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", ["batch", "renorm"])
+def test_one_channel_has_two_memory_orders_at_once(order: Callable[[Tensor], Tensor], name: str) -> None:
+    """Its strides look like those of one or the other, and the gradient's may look different."""
+    policy = {
+        "batch": Batch(EPS),
+        "renorm": Renorm(EPS, torch.zeros(1).double(), torch.ones(1).double(), None, 1, 2, 1),
+    }
+    x = order(torch.randn(4, 1, 3, 5, dtype=torch.float64)).requires_grad_()
+    dy = torch.randn(4, 1, 3, 5, dtype=torch.float64)
+    y, _ = normalize(x, None, None, policy[name])
+    (expected,) = torch.autograd.grad(y, x, channels_first(dy), retain_graph=True)
+    for other in (channels_last(dy), dy.as_strided(dy.shape, (15, 1, 5, 1)), dy.as_strided(dy.shape, (15, 15, 5, 1))):
+        (actual,) = torch.autograd.grad(y, x, other, retain_graph=True)
+        torch.testing.assert_close(actual, expected)

@@ -1,0 +1,67 @@
+"""What accumulating adds to a BatchNorm: its settings and its open window, in one private attribute of the layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from syncaccum.layer.settings import check_settings
+from syncaccum.ranks.groups import GroupHandle
+
+
+@dataclass
+class Accumulation:
+    """What accumulating adds to a BatchNorm: its settings and its open window."""
+
+    handle: GroupHandle
+    normalization: str
+    r_max: float
+    d_max: float
+    prior_count: float
+    # Not a buffer: DDP overwrites buffers with rank 0's.
+    # FSDP and .half() cast them.
+    window: Tensor
+    """Packed moments, float64."""
+    momentum: float | None
+    """The layer's at the last forward that counted. A commit uses it for the window, even if the layer's changed."""
+    always_counts: bool
+    """Whether the layer had momentum 0 from the start. Else a forward under momentum 0 counts nothing."""
+    is_open: bool = False
+    """Whether any forward counted since the last commit."""
+    is_committed: bool = False
+    """Whether there was a commit since the statistics were reset. One without any values is enough."""
+    has_normalised: bool = False
+    """Whether any training forward used the running statistics as they are now: see `note_forward`."""
+    ran_untracked: bool = False
+    """Whether a training forward since then had track_running_stats off. A checkpoint's second one must not count."""
+    micro_batches: int = 0
+    """How many are in the open window; those of compiled forwards aside, which run no Python."""
+    uncounted: int = 0
+    """How many ``not_counted`` are open."""
+    name: str = ""
+    """In the model that was converted; for messages."""
+    normalises_itself: bool = False
+    """Whether its forward calls no batch_norm, so that nothing is accumulated. Its first training forward tells."""
+    said: set[str] = field(default_factory=set)
+    """Warnings that were given. The layers of one conversion share it: one of them speaks for all."""
+
+    def __post_init__(self) -> None:
+        check_settings(self.normalization, self.r_max, self.d_max, self.prior_count)
+
+    def drop(self) -> None:
+        """Forget the open window."""
+        self.window.zero_()
+        self.close()
+
+    def close(self) -> None:
+        """The window is empty: a new one starts."""
+        self.micro_batches = 0
+        self.is_open = False
+        self.ran_untracked = False
+
+    def replace_statistics(self, *, is_committed: bool) -> None:
+        """Start anew, because the running statistics came from elsewhere. The window belonged to those before."""
+        self.drop()
+        self.is_committed = is_committed
+        self.has_normalised = False
