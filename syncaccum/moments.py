@@ -20,10 +20,10 @@ class Moments:
     .. math:: n = \sum 1, \qquad S_1 = \sum x, \qquad S_2 = \sum x^2,
               \qquad m = S_1 / n, \qquad v = S_2 / n - m^2
 
-    S_2/n - m^2 cancels: float64 loses about ``(mean/std)^2 * 1e-16`` of the variance. That is 1e-8 at mean/std 1e4, and
-    all of it at 1e8. It is the limit of a window, and of the running variance that a commit makes of it. float32 data
-    end at 1e7 by themselves. Counts below 2**53 are exact. Totals are in the unit of the values, squares in its square.
-    No method is collective.
+    S_2/n - m^2 cancels: float64 loses about ``(mean/std)^2 * 1e-16`` of the variance: 1e-8 at mean/std 1e4, and all
+    of it at 1e8. That is the limit of a window, and of the running variance that a commit makes of it; float32 data
+    end at 1e7 by themselves. Counts below 2**53 are exact. Totals are in the unit of the values, squares in its
+    square. No method is collective.
 
     *Packed*, moments are one flat tensor ``[count, total, total_sq]`` of length 1 + 2C: a window,
     or a part of a message.

@@ -9,7 +9,8 @@ layers override (``_apply``, ``_load_from_state_dict``, ``_check_input_dim``), a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import importlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch._functorch import pyfunctorch
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel, distributed
 from torch.utils import _python_dispatch as dispatch
 
 # mypy lets others import an imported name only if listed.
@@ -86,7 +87,7 @@ copy_all = torch._foreach_copy_
 """Copy each value into its tensor, all in one call."""
 
 add_to_all = torch._foreach_add_
-"""Add a number to each tensor in place, all in one call."""
+"""Add a number to each tensor in place, or a tensor of its own to each, all in one call."""
 
 zero_all = torch._foreach_zero_
 """Fill each tensor with zeros, all in one call."""
@@ -101,9 +102,42 @@ def without_torch_function() -> AbstractContextManager[None]:
     return context
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to. Inference tensors do not count: always 0."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def ddp_in_forward() -> DistributedDataParallel | None:
     """The DistributedDataParallel whose forward this process is in; None outside."""
     return DistributedDataParallel._active_ddp_module
+
+
+def set_ddp_in_forward(ddp: DistributedDataParallel | None) -> None:
+    """Note whose forward this process is in, as DDP does when it begins and ends one."""
+    DistributedDataParallel._active_ddp_module = ddp
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """The tensors that DDP finds in what a forward returned."""
+    return list(distributed._find_tensors(output))  # type: ignore[no-untyped-call]
+
+
+def prepare_for_backward(ddp: DistributedDataParallel, outputs: Sequence[Tensor]) -> None:
+    """Get DDP's reducer ready, as it does after a forward; parameters that no output depends on count as unused.
+
+    Replaces what it made ready before.
+    """
+    ddp.reducer.prepare_for_backward(list(outputs))
+
+
+def compile_stance() -> Any:
+    """What compiled functions do when they are called, in the whole process. Imports the compiler."""
+    return importlib.import_module("torch._dynamo.eval_frame")._stance
+
+
+def restore_compile_stance(stance: Any) -> None:
+    """Make compiled functions do what :func:`compile_stance` said."""
+    importlib.import_module("torch._dynamo.eval_frame")._set_stance(stance)
 
 
 def join_settings(ddp: DistributedDataParallel) -> Any:

@@ -2,48 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import weakref
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from syncaccum.errors import LockstepError
-from syncaccum.exact.turns import Turns
-from syncaccum.torch_private import ddp_in_forward
+from syncaccum.torch_private import ddp_in_forward, prepare_for_backward, set_ddp_in_forward, tensors_in
 
 
 class Wrappers:
-    """The DDP modules in and around what lockstep was given, while it runs."""
+    """The DDP modules in and around what lockstep was given, while it runs.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._inside = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    DDP broadcasts buffers in the first forward, and gets its reducer ready in the last. Otherwise each forward would
+    do both, and ranks with different numbers of micro-batches would wait forever.
+    """
+
+    def __init__(self, model: nn.Module, count: int) -> None:
+        self._count = count
+        self._inside = [_Wrapper(module) for module in model.modules() if isinstance(module, DistributedDataParallel)]
         # A loop owner may call lockstep from inside the wrapper's own forward.
-        self._around = ddp_in_forward()
+        # DDP's note is the process's: it may be about another thread.
+        active = ddp_in_forward()
+        self._around = active if active is not None and _contains(active, model) else None
+        self._active = [self._around] * count  # by micro-batch
+        self._running = 0
 
-    def refuse_others(self) -> None:
+    def refuse_others(self, layer: nn.Module) -> None:
         """Raise where the forward calls a DDP that lockstep does not know: it would reduce K times."""
         ddp = ddp_in_forward()
-        if ddp is not None and ddp is not self._around and ddp not in self._inside:
+        if ddp is None or ddp is self._around or any(ddp is wrapper.ddp for wrapper in self._inside):
+            return
+        if _contains(ddp, layer):
             raise LockstepError("the forward calls a DistributedDataParallel: pass that as lockstep's model")
 
-    @contextmanager
-    def one_forward(self, turns: Turns) -> Iterator[None]:
-        """Let DDP broadcast buffers in the first forward, and get its reducer ready in the last.
+    def enter(self) -> None:
+        for wrapper in self._inside:
+            wrapper.enter()
 
-        Otherwise each forward would do both, and ranks with different numbers of micro-batches would wait forever.
-        """
-        before = [(ddp.require_forward_param_sync, ddp.require_backward_grad_sync) for ddp in self._inside]
+    def leave(self) -> None:
+        for wrapper in self._inside:
+            wrapper.leave()
+        if self._inside:
+            set_ddp_in_forward(self._around)
 
-        def set_flags(index: int) -> None:
-            for ddp, (forward_sync, backward_sync) in zip(self._inside, before, strict=True):
-                ddp.require_forward_param_sync = forward_sync and index == 0
-                ddp.require_backward_grad_sync = backward_sync and index == turns.count - 1
+    def begin_turn(self, index: int) -> None:
+        """A micro-batch goes on: DDP is to treat it as its place among the others asks for."""
+        if not self._inside:
+            return
+        self._active[self._running] = ddp_in_forward()
+        set_ddp_in_forward(self._active[index])
+        self._running = index
+        for wrapper in self._inside:
+            wrapper.set_flags(first=index == 0, last=index == self._count - 1)
 
-        turns.on_turn = set_flags
-        try:
-            yield
-        finally:
-            for ddp, (forward_sync, backward_sync) in zip(self._inside, before, strict=True):
-                ddp.require_forward_param_sync = forward_sync
-                ddp.require_backward_grad_sync = backward_sync
+    def end(self) -> None:
+        """All micro-batches came through."""
+        for wrapper in self._inside:
+            wrapper.prepare_for_all()
+
+
+def _contains(ddp: DistributedDataParallel, module: nn.Module) -> bool:
+    return any(module is one for one in ddp.modules())
+
+
+class _Wrapper:
+    """One DDP, and what its settings were."""
+
+    def __init__(self, ddp: DistributedDataParallel) -> None:
+        self.ddp = ddp
+        self._flags: tuple[bool, bool] | None = None
+        self._hook: RemovableHandle | None = None
+        self._outputs: list[Tensor] = []
+        self._is_prepared = False
+
+    def enter(self) -> None:
+        with _lock:
+            if _users.setdefault(self.ddp, self) is not self:
+                raise LockstepError(
+                    "two locksteps in two threads go through one DistributedDataParallel, which gets ready for one "
+                    "backward at a time: begin the second after the backward of the first"
+                )
+        self._flags = self.ddp.require_forward_param_sync, self.ddp.require_backward_grad_sync
+        if self.ddp.find_unused_parameters and not self.ddp.static_graph:
+            self._hook = self.ddp.register_forward_hook(self._keep_outputs)
+
+    def leave(self) -> None:
+        if self._flags is not None:
+            self.set_flags(first=True, last=True)
+        if self._hook is not None:
+            self._hook.remove()
+        self._outputs = []
+        with _lock:
+            if _users.get(self.ddp) is self:
+                del _users[self.ddp]
+
+    def set_flags(self, *, first: bool, last: bool) -> None:
+        assert self._flags is not None
+        forward_sync, backward_sync = self._flags
+        self.ddp.require_forward_param_sync = forward_sync and first
+        self.ddp.require_backward_grad_sync = backward_sync and last
+
+    def _keep_outputs(self, ddp: Any, args: Any, output: Any) -> None:
+        self._outputs += tensors_in(output)
+        self._is_prepared = torch.is_grad_enabled() and self.ddp.require_backward_grad_sync
+
+    def prepare_for_all(self) -> None:
+        """Look for unused parameters behind all outputs: DDP has looked behind the last micro-batch's."""
+        if self._is_prepared:
+            prepare_for_backward(self.ddp, self._outputs)
+
+
+_lock = threading.Lock()
+_users: weakref.WeakKeyDictionary[DistributedDataParallel, _Wrapper] = weakref.WeakKeyDictionary()
+"""Which lockstep a DDP serves."""

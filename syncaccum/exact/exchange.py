@@ -103,7 +103,8 @@ class Exchange:
         """Name where each rank is. Collective."""
         self._agreement.end_at_odds()
         everyones = gather_texts(self._transport, here, at_least=1)
-        places = [texts[1:] if len(texts) == len(here) else [texts[0], texts[0]] for texts in everyones]
+        # Another call sends its name first, and then what it likes.
+        places = [texts[1:] if texts[0] == here[0] else [texts[0], texts[0]] for texts in everyones]
         where = ", ".join(f"rank {rank} {layer}" for rank, (layer, _) in enumerate(places))
         details = "; ".join(detail for _, detail in places)
         raise LockstepError(

@@ -8,19 +8,23 @@ once, and one autograd node normalises them all with the statistics of the whole
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from syncaccum.errors import LockstepError
+from syncaccum.exact.attendance import Attendance, refuse_unfinished
+from syncaccum.exact.bystanders import Bystanders
 from syncaccum.exact.ddp import Wrappers
 from syncaccum.exact.meeting_point import MeetingPoint, make_arrival
 from syncaccum.exact.offload import HostStore
+from syncaccum.exact.openmp import Teams
+from syncaccum.exact.parametrizations import SharedWeights
+from syncaccum.exact.process_state import Eager, Setting
 from syncaccum.exact.turns import Turns
 from syncaccum.layer import surroundings
 from syncaccum.layer.state import Accumulating
@@ -65,11 +69,17 @@ def lockstep(
     Raises:
         LockstepError: no micro-batches; a lockstep inside another, or inside ``join``; ``torch.utils.checkpoint``
             around a layer; layers that differ between micro-batches or ranks; DistributedDataParallel that was not
-            passed as ``model``.
+            passed as ``model``, or that a lockstep in another thread goes through; a forward that comes to no layer
+            of a model in training, or returns a generator or a coroutine; fewer threads to be had than needed.
         TooFewValuesError: one value per channel in the whole global batch; a ValueError.
         NoLayersError: the model has no SyncAccumBatchNorm.
         CommitError: a peer is gone or stuck, at the group's timeout.
-        Whatever ``forward`` raises for one micro-batch, as it was; the others are cancelled, and no window changes.
+        Whatever ``forward`` raises for one micro-batch, as it was, or a signal's handler, as KeyboardInterrupt; the
+            others are cancelled and waited for, and no window changes.
+
+    Note:
+        Parametrized weights, as of ``parametrizations.spectral_norm``, are computed once for all micro-batches. One
+        warning names other modules whose training forward changes their buffers: K micro-batches change them K times.
 
     Example::
 
@@ -83,22 +93,44 @@ def lockstep(
     """
     batches = list(micro_batches)
     _refuse_call(len(batches), offload)
-    wrappers = Wrappers(model)
+    wrappers = Wrappers(model, len(batches))
+    weights = SharedWeights(model)
+    bystanders = Bystanders(model)
+    attendance = Attendance(model)
+    teams = Teams(model, len(batches))
 
-    def check_surroundings(layer: str) -> None:
-        _refuse_checkpoint(layer)
-        wrappers.refuse_others()
+    def check_surroundings(layer: Accumulating, name: str) -> None:
+        _refuse_checkpoint(name)
+        wrappers.refuse_others(layer)
+
+    def begin_turn(index: int) -> None:
+        wrappers.begin_turn(index)
+        bystanders.begin_turn(index)
 
     meeting = MeetingPoint(model, len(batches), check_surroundings)
-    turns = Turns(len(batches), meeting.check_finish)
+    turns = Turns(len(batches), begin_turn, meeting.check_finish)
     results: list[Any] = [None] * len(batches)
 
     def run(index: int) -> None:
-        with surroundings.taking_part(_Participant(index, meeting, turns)):
-            results[index] = forward(batches[index])
+        with surroundings.taking_part(_Participant(index, meeting, turns, teams)), weights.for_one():
+            results[index] = refuse_unfinished(forward(batches[index]))
+        teams.release()
 
-    with _eager(), wrappers.one_forward(turns), HostStore().hooks() if offload else nullcontext():
-        turns.run(run)
+    settings: list[Setting] = [teams, Eager(), weights, attendance, wrappers]
+    try:
+        try:
+            _enter(settings)
+            with HostStore().hooks() if offload else nullcontext():
+                turns.run(run)
+            wrappers.end()
+        finally:
+            _leave(settings)
+    except BaseException:
+        _leave(settings)  # a signal may have interrupted the first
+        raise
+    bystanders.end_turn()
+    attendance.check(met=meeting.anyone_met)
+    bystanders.tell(len(batches))
     meeting.keep_statistics()
     return results
 
@@ -114,6 +146,16 @@ def _refuse_call(count: int, offload: str | None) -> None:
         raise ValueError(f"offload must be None or 'cpu', got {offload!r}")
 
 
+def _enter(settings: Sequence[Setting]) -> None:
+    for setting in settings:
+        setting.enter()
+
+
+def _leave(settings: Sequence[Setting]) -> None:
+    for setting in reversed(settings):
+        setting.leave()
+
+
 @dataclass(frozen=True)
 class _Participant:
     """One micro-batch, as its layers see it."""
@@ -121,11 +163,13 @@ class _Participant:
     index: int
     meeting: MeetingPoint
     turns: Turns
+    teams: Teams
 
     def normalize(
         self, layer: Accumulating, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, counts: bool
     ) -> Tensor:
         self.meeting.arrive(self.index, make_arrival(layer, x, weight, bias, eps, counts))
+        self.teams.release()
         self.turns.give_way(self.index)
         return self.meeting.outputs[self.index]
 
@@ -140,10 +184,3 @@ def _refuse_checkpoint(layer: str) -> None:
                 f"layer {layer} runs under torch.utils.checkpoint, whose second forward would meet nobody: "
                 "switch checkpointing off inside lockstep, or use offload='cpu' to save memory"
             )
-
-
-def _eager() -> Any:
-    """Run compiled models as they were written: a compiled graph has no place to wait in."""
-    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes seconds
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from syncaccum.errors import LockstepError
 from syncaccum.exact.exchange import Exchange
+from syncaccum.layer.accumulate import accumulate_together
 from syncaccum.layer.measure import measure, merge
 from syncaccum.layer.memory_order import make_dense, per_channel
 from syncaccum.layer.passes import normalize_together
 from syncaccum.layer.policies import Normalizer
-from syncaccum.layer.state import Accumulating, accumulate, committed_mean
+from syncaccum.layer.state import Accumulating, committed_mean
 from syncaccum.moments import pack_statistics
 from syncaccum.ranks.groups import Group, resolve_group
 from syncaccum.window.layers import named_layers
@@ -39,10 +40,10 @@ class MeetingPoint:
     Args:
         model: with the layers.
         size: how many micro-batches.
-        check_surroundings: called with a layer's name at each meeting; raises where it cannot be exact.
+        check_surroundings: called with a layer and its name at each meeting; raises where it cannot be exact.
     """
 
-    def __init__(self, model: nn.Module, size: int, check_surroundings: Callable[[str], None]) -> None:
+    def __init__(self, model: nn.Module, size: int, check_surroundings: Callable[[Accumulating, str], None]) -> None:
         self._layers = named_layers(model)
         self._names = {layer: name for name, layer in self._layers}
         self._check_surroundings = check_surroundings
@@ -50,7 +51,8 @@ class MeetingPoint:
         self._arrivals: list[Arrival] = []
         self._anyone_finished = False
         self._exchanges: dict[Group, Exchange] = {}
-        self._statistics: list[tuple[Accumulating, Tensor]] = []
+        self._statistics: dict[Accumulating, Tensor] = {}
+        self.anyone_met = False
         self.outputs: Sequence[Tensor] = ()
 
     def arrive(self, index: int, arrival: Arrival) -> None:
@@ -62,7 +64,7 @@ class MeetingPoint:
             waiting = self._name(self._arrivals[0].layer)
             raise LockstepError(f"micro-batch {index} meets layer {name}, but the others wait for it at {waiting}")
         if not self._arrivals:
-            self._check_surroundings(name)
+            self._check_surroundings(arrival.layer, name)
         self._arrivals.append(arrival)
         if len(self._arrivals) == self._size:
             arrivals, self._arrivals = self._arrivals, []
@@ -77,8 +79,7 @@ class MeetingPoint:
 
     def keep_statistics(self) -> None:
         """Add what the layers have seen to their windows, now that every micro-batch came through."""
-        for layer, sums in self._statistics:
-            accumulate(layer, sums)
+        accumulate_together(self._statistics)
 
     def _name(self, layer: Accumulating) -> str:
         if layer not in self._names:
@@ -92,6 +93,7 @@ class MeetingPoint:
                 f"micro-batches meet layer {name} with and without gradients, with different eps, or some of them "
                 "inside not_counted"
             )
+        self.anyone_met = True
         exchange = self._exchange_of(first.layer)
         with torch.no_grad():
             measured = [measure(a.x) for a in arrivals]
@@ -102,7 +104,8 @@ class MeetingPoint:
             visit = exchange.open_visit(name, origin)
             everyones = exchange.moments(visit, pack_statistics(count, mean - origin, variance), count)
             if first.counts:
-                self._statistics.append((first.layer, torch.stack([m.sums() for m in measured]).sum(0)))
+                mine = torch.stack([m.sums() for m in measured]).sum(0)
+                self._statistics[first.layer] = mine + self._statistics.get(first.layer, 0)
             scale = torch.rsqrt(everyones.variance + first.eps)
             norm = Normalizer(everyones.mean + origin, scale, None, None, 1 / everyones.count)
         xs = [a.x for a in arrivals]

@@ -41,6 +41,9 @@ class ThreadState:
 
     def run(self, function: Callable[[], None]) -> None:
         """Call a function in this thread as if in the thread that made the state."""
+        # Asked, torch tells OpenMP in this thread, too.
+        # Else convolutions take OMP_NUM_THREADS, however many torch uses.
+        torch.get_num_threads()
         self._context.copy().run(self._run, function)  # a copy: one thread at a time may be inside a context
 
     def _run(self, function: Callable[[], None]) -> None:

@@ -37,6 +37,8 @@ class Accumulation:
     """Whether a training forward since then had track_running_stats off. A checkpoint's second one must not count."""
     micro_batches: int = 0
     """How many are in the open window; those of compiled forwards aside, which run no Python."""
+    locksteps: int = 0
+    """How often one has added to the layer's windows. Not reset with them."""
     uncounted: int = 0
     """How many ``not_counted`` are open."""
     name: str = ""

@@ -6,21 +6,12 @@ import torch
 from torch import Tensor
 
 from syncaccum.layer import surroundings
+from syncaccum.layer.accumulate import accumulate, is_counted
+from syncaccum.layer.notices import note_forward, note_untracked_forward, warn_if_uncommitted
 from syncaccum.layer.passes import normalize
 from syncaccum.layer.policies import choose_policy
 from syncaccum.layer.settings import Setting, check_momentum
-from syncaccum.layer.state import (
-    TRACED_AS,
-    Accumulating,
-    accumulate,
-    adopt,
-    has_statistics,
-    is_counted,
-    note_forward,
-    note_untracked_forward,
-    tracks,
-    warn_if_uncommitted,
-)
+from syncaccum.layer.state import TRACED_AS, Accumulating, adopt, has_statistics, tracks
 from syncaccum.moments import Moments
 from syncaccum.ranks.groups import Group
 from syncaccum.window.commit import commit_layers

@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from syncaccum.errors import LockstepError
 from syncaccum.layer import surroundings
 from syncaccum.layer.batchnorm import in_lockstep, normalize_and_accumulate
-from syncaccum.layer.state import Accumulating, note_untracked_forward, tracks, warn_if_uncommitted
+from syncaccum.layer.notices import note_untracked_forward, warn_if_uncommitted
+from syncaccum.layer.state import Accumulating, tracks
 from syncaccum.torch_private import BatchNormBase, buffers_of
 
 

@@ -130,6 +130,8 @@ def raise_layout_mismatch(
     group: Group, transport: Transport, members: Sequence[NamedLayer], call: str = "commit"
 ) -> NoReturn:
     """Name the first difference between the ranks' calls, layers, or batches tracked. Collective."""
+    if group is not None:
+        agreement_of(group).end_at_odds()  # as peers in a lockstep do
     # All ranks see the same texts, and raise the same.
     everyones = gather_texts(transport, [call, *map(_render_layer, _describe_layers(members))], at_least=1)
     _compare_calls([texts[0] for texts in everyones])

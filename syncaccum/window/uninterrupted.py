@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from syncaccum.layer.state import Accumulation
+from syncaccum.layer.accumulation import Accumulation
 from syncaccum.torch_private import without_torch_function, zero_all
 
 

@@ -57,6 +57,8 @@ def test_many_tensors_at_once() -> None:
     assert [t.tolist() for t in tensors] == [[3, 3], [3, 3, 3], 3]
     torch_private.copy_all(tensors[:2], [torch.zeros(2, dtype=torch.float64), torch.ones(3)])
     assert [t.tolist() for t in tensors] == [[0, 0], [1, 1, 1], 3]
+    torch_private.add_to_all(tensors[:2], [torch.ones(2), torch.full((3,), 2.0)])
+    assert [t.tolist() for t in tensors] == [[1, 1], [3, 3, 3], 3]
     torch_private.zero_all(tensors)
     assert not any(t.any() for t in tensors)
     for function in (torch_private.copy_all, torch_private.add_to_all, torch_private.zero_all):
@@ -86,6 +88,56 @@ def test_the_ddp_in_whose_forward_we_are(group: None) -> None:
     ddp(torch.ones(1, 2))
     assert torch_private.ddp_in_forward() is None
     assert seen == [ddp]
+
+
+def test_the_note_of_whose_forward_we_are_in(group: None) -> None:
+    ddp = DistributedDataParallel(nn.Linear(2, 2))
+    torch_private.set_ddp_in_forward(ddp)
+    assert torch_private.ddp_in_forward() is ddp
+    torch_private.set_ddp_in_forward(None)
+    assert torch_private.ddp_in_forward() is None
+
+
+@pytest.mark.filterwarnings("ignore:.*find_unused_parameters")
+def test_a_reducer_that_is_made_ready_again_looks_behind_these_outputs(group: None) -> None:
+    heads = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = heads
+
+        def forward(self, index: int) -> dict[str, list[Tensor]]:
+            return {"y": [self.heads[index](torch.ones(1, 2))]}
+
+    ddp = DistributedDataParallel(Heads(), find_unused_parameters=True)
+    with ddp.no_sync():
+        first = ddp(0)
+    outputs = torch_private.tensors_in([first, ddp(1)])
+    assert [y.shape for y in outputs] == [(1, 2)] * 2
+    torch_private.prepare_for_backward(ddp, outputs)
+    sum(y.sum() for y in outputs).backward()  # else: a variable is marked ready twice
+    assert [head.bias.grad is None for head in heads] == [False, False, True]
+
+
+def test_the_stance_of_the_compiler() -> None:
+    before = torch_private.compile_stance()
+    torch.compiler.set_stance("force_eager")
+    assert torch_private.compile_stance() != before
+    torch_private.restore_compile_stance(before)
+    graphs: list[int] = []
+    torch.compile(lambda x: x + 1, backend=lambda graph, _: graphs.append(1) or graph.forward)(torch.ones(1))
+    assert graphs == [1]
+
+
+def test_how_often_a_tensor_was_written_to() -> None:
+    layers = [nn.BatchNorm1d(2), nn.InstanceNorm1d(2, track_running_stats=True)]
+    for layer in layers:
+        before = [torch_private.version_of(b) for b in layer.buffers()]
+        layer(torch.randn(3, 2, 4))
+        assert [torch_private.version_of(b) for b in layer.buffers()] != before
+    with torch.inference_mode():
+        assert torch_private.version_of(torch.ones(1)) == 0
 
 
 def test_the_settings_of_ddps_join(group: None) -> None:
