@@ -47,6 +47,7 @@ def join(ddp: DistributedDataParallel) -> Iterator[None]:
 
     Raises:
         TypeError: it is not a DistributedDataParallel.
+        RuntimeError: this process is in a join already.
         NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
         CommitError: some ranks commit while others go on with their window; a commit of something else than this
             model; what a commit raises, on all ranks alike, also on those that wait.
