@@ -66,7 +66,7 @@ class Moments:
         # Wide before the squares: a float32 square has lost digits.
         # Detached: no gradient flows through a window.
         columns = values.detach().movedim(1, -1).reshape(-1, values.shape[1]).to(torch.float64)
-        # On the device of the sums, so that pack() can join them.
+        # On the sums' device: pack() joins them.
         count = torch.tensor(float(columns.shape[0]), dtype=torch.float64, device=values.device)
         return cls(count, columns.sum(0), columns.square().sum(0))
 

@@ -1,4 +1,4 @@
-"""Whether the forward came to the model's layers, and to lockstep's only: otherwise it is silently not exact."""
+"""Checks that the forward ran the model's layers, and ran them in lockstep only: else it is silently not exact."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Attendance:
         self._hooks: list[RemovableHandle] = []
 
     def enter(self) -> None:
-        """See who comes. Most meet the others; a subclass may have frozen itself, and goes on alone rightly."""
+        """Begin to note which layers are called. A subclass may have frozen itself: it rightly meets nobody."""
         for _, layer in self._layers:
             if type(layer).forward is not SyncAccumBatchNorm.forward:
                 self._hooks.append(layer.register_forward_pre_hook(self._note))
@@ -41,6 +41,7 @@ class Attendance:
 
     def check(self, *, met: bool) -> None:
         """Raise where the forward was not with us, once it is over."""
+        # Those that normalise with the batch must have met the others.
         waiting = [name for name, layer in self._layers if layer.training or layer.running_mean is None]
         if waiting and not met and not self._came:
             more = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
@@ -49,6 +50,7 @@ class Attendance:
                 "another model, or runs this one in another thread. Let it call the model that was passed to "
                 "lockstep; a forward without BatchNorm needs no lockstep"
             )
+        # A window counts lockstep's micro-batches apart from others.
         for (name, _), before, now in zip(self._layers, self._alone_before, self._count_alone(), strict=True):
             if now != before:
                 raise LockstepError(

@@ -66,6 +66,7 @@ class Bystanders:
         )
 
 
+# Each module once in a process, however many locksteps run.
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 

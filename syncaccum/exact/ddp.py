@@ -25,8 +25,8 @@ class Wrappers:
     def __init__(self, model: nn.Module, count: int) -> None:
         self._count = count
         self._inside = [_Wrapper(module) for module in model.modules() if isinstance(module, DistributedDataParallel)]
-        # A loop owner may call lockstep from inside the wrapper's own forward.
-        # DDP's note is the process's: it may be about another thread.
+        # Lockstep may be called from inside of the wrapper's own forward.
+        # DDP keeps one note for the process: maybe another thread's.
         active = ddp_in_forward()
         self._around = active if active is not None and _contains(active, model) else None
         self._active = [self._around] * count  # by micro-batch
@@ -54,6 +54,7 @@ class Wrappers:
         """A micro-batch goes on: DDP is to treat it as its place among the others asks for."""
         if not self._inside:
             return
+        # Each micro-batch finds DDP's note as it left it.
         self._active[self._running] = ddp_in_forward()
         set_ddp_in_forward(self._active[index])
         self._running = index
@@ -88,6 +89,7 @@ class _Wrapper:
                     "backward at a time: begin the second after the backward of the first"
                 )
         self._flags = self.ddp.require_forward_param_sync, self.ddp.require_backward_grad_sync
+        # DDP then walks the graph behind a forward's outputs.
         if self.ddp.find_unused_parameters and not self.ddp.static_graph:
             self._hook = self.ddp.register_forward_hook(self._keep_outputs)
 
@@ -104,6 +106,7 @@ class _Wrapper:
     def set_flags(self, *, first: bool, last: bool) -> None:
         assert self._flags is not None
         forward_sync, backward_sync = self._flags
+        # Only ever off, never on: no_sync() of the user stays.
         self.ddp.require_forward_param_sync = forward_sync and first
         self.ddp.require_backward_grad_sync = backward_sync and last
 

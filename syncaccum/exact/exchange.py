@@ -23,12 +23,12 @@ class Visit(NamedTuple):
     """One time that all micro-batches meet at a layer."""
 
     lockstep: tuple[int, int]
-    """Which one of this group."""
+    """Which lockstep of this group it is in."""
     number: int
     """How many visits came before, in this lockstep."""
     layer: str
     origin: int
-    """Of what the ranks subtract from their values, a checksum."""
+    """A checksum of what the ranks subtract from their values: all must subtract the same."""
 
     def describe(self, direction: str) -> list[str]:
         """For ranks at odds: the call, the layer, and where in the lockstep that is."""
@@ -68,7 +68,7 @@ class Exchange:
     def moments(self, visit: Visit, mine: Tensor, count: int) -> Moments:
         """Everyone's moments, from this rank's packed ones. Collective."""
         everyones = Moments.unpack(self._reduce(visit, "forward", mine))
-        # Asking the device costs a wait; a rank with two values need not.
+        # A rank with two values need not wait for the device.
         if count < 2 and everyones.count == 1:
             raise TooFewValuesError(
                 f"one value per channel in the whole global batch has no variance, in {visit.layer}"
@@ -91,6 +91,7 @@ class Exchange:
             return values
         about = Fingerprint.of("lockstep", direction, *visit)
         device = self._transport.choose_device(values.device)
+        # A header, the values, and zeros up to the common length.
         message = torch.zeros(self._size, dtype=torch.float64, device=device)
         message[:HEADER] = torch.tensor(about.header(), dtype=torch.float64)
         message[HEADER : HEADER + values.numel()] = values

@@ -2,7 +2,7 @@
 
 Each BatchNorm layer is a meeting point. When all micro-batches have come to it, their sums are reduced over the ranks
 once, and one autograd node normalises them all with the statistics of the whole global batch. Then they go on.
-`turns` makes them wait for each other; `meeting_point` knows what happens where they meet.
+`turns` makes them wait for each other. `meeting_point` knows what happens where they meet.
 """
 
 from __future__ import annotations
@@ -73,9 +73,13 @@ def lockstep(
             of a model in training, or returns a generator or a coroutine; fewer threads to be had than needed.
         TooFewValuesError: one value per channel in the whole global batch; a ValueError.
         NoLayersError: the model has no SyncAccumBatchNorm.
+        ValueError: ``offload`` is neither None nor ``"cpu"``.
         CommitError: a peer is gone or stuck, at the group's timeout.
         Whatever ``forward`` raises for one micro-batch, as it was, or a signal's handler, as KeyboardInterrupt; the
             others are cancelled and waited for, and no window changes.
+        The backward raises LockstepError and CommitError, too: it communicates. Windows have their sums by then.
+
+    Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), with the global batch as the batch.
 
     Note:
         Parametrized weights, as of ``parametrizations.spectral_norm``, are computed once for all micro-batches. One
@@ -107,6 +111,7 @@ def lockstep(
         wrappers.begin_turn(index)
         bystanders.begin_turn(index)
 
+    # Micro-batches meet in layers; turns say who runs meanwhile.
     meeting = MeetingPoint(model, len(batches), check_surroundings)
     turns = Turns(len(batches), begin_turn, meeting.check_finish)
     results: list[Any] = [None] * len(batches)
@@ -116,6 +121,7 @@ def lockstep(
             results[index] = refuse_unfinished(forward(batches[index]))
         teams.release()
 
+    # Each is entered in this order and left in the opposite one.
     settings: list[Setting] = [teams, Eager(), weights, attendance, wrappers]
     try:
         try:
@@ -126,8 +132,10 @@ def lockstep(
         finally:
             _leave(settings)
     except BaseException:
-        _leave(settings)  # a signal may have interrupted the first
+        # Again, because a signal may have interrupted the first.
+        _leave(settings)
         raise
+    # It ran well. Was it exact? Only then the windows change.
     bystanders.end_turn()
     attendance.check(met=meeting.anyone_met)
     bystanders.tell(len(batches))
@@ -175,7 +183,7 @@ class _Participant:
 
 
 def _refuse_checkpoint(layer: str) -> None:
-    """Raise where a layer runs under checkpoint. Only the stack tells; the caller asks once for each meeting."""
+    """Raise where a layer runs under checkpoint. Only the stack tells, so it is asked once for each meeting."""
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back

@@ -98,7 +98,8 @@ class MeetingPoint:
         with torch.no_grad():
             measured = [measure(a.x) for a in arrivals]
             count, mean, variance = merge(measured)
-            # Sums of squares of a large mean lose the variance.
+            # With a large mean, sums of squares lose the variance.
+            # So all subtract what all ranks have: the running mean.
             committed = committed_mean(first.layer)
             origin = mean if exchange.is_alone else torch.zeros_like(mean) if committed is None else committed
             visit = exchange.open_visit(name, origin)
@@ -107,10 +108,12 @@ class MeetingPoint:
                 mine = torch.stack([m.sums() for m in measured]).sum(0)
                 self._statistics[first.layer] = mine + self._statistics.get(first.layer, 0)
             scale = torch.rsqrt(everyones.variance + first.eps)
+            # 1/n of all values: the feedback of the global batch.
             norm = Normalizer(everyones.mean + origin, scale, None, None, 1 / everyones.count)
         xs = [a.x for a in arrivals]
         if all(a.weight is first.weight and a.bias is first.bias for a in arrivals):
             return normalize_together(xs, measured, first.weight, first.bias, norm, exchange.sums_of(visit))
+        # Each has parameters of its own: apply them one by one.
         plain = normalize_together(xs, measured, None, None, norm, exchange.sums_of(visit))
         return [_apply_parameters(y, a) for y, a in zip(plain, arrivals, strict=True)]
 
@@ -124,12 +127,12 @@ class MeetingPoint:
 def make_arrival(
     layer: Accumulating, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, counts: bool
 ) -> Arrival:
-    """An arrival, seen from the thread of its micro-batch."""
+    """An arrival. Made in the thread of its micro-batch, which alone knows whether gradients are wanted."""
     return Arrival(layer, make_dense(x), weight, bias, eps, torch.is_grad_enabled(), counts)
 
 
 def _apply_parameters(y: Tensor, arrival: Arrival) -> Tensor:
-    """weight and bias of one micro-batch's own, which a subclass may have computed for it."""
+    """Apply a weight and bias that one micro-batch has for itself. A subclass may compute them from its data."""
     if arrival.weight is not None:
         y = y * per_channel(arrival.weight, y)
     if arrival.bias is not None:

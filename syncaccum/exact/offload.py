@@ -1,4 +1,4 @@
-"""Saved activations that wait for the backward in host memory."""
+"""Offload: what autograd saves for the backward waits in host memory, and is back before it is needed."""
 
 from __future__ import annotations
 
@@ -13,21 +13,26 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class Parked:
-    """A tensor in host memory, for as long as the graph refers to it."""
+    """A saved tensor in host memory. It lives as long as the graph refers to it."""
 
     host: Tensor
     device: torch.device
     before: weakref.ref[Parked] | None
-    """The one parked just before, which a backward wants just after; weak, so that it is freed when it was used."""
+    """What was parked just before this one. A backward goes the other way, so it needs that next.
+
+    A weak reference: the graph alone decides how long memory is kept.
+    """
     walks: int = 0
+    """How many backwards have taken it: a graph may be walked several times."""
     returning: Tensor | None = None
+    """The tensor on its way back to the device, or there and not yet taken."""
 
     def begin_return(self) -> None:
         if self.returning is None:
             self.returning = self.host.to(self.device, non_blocking=True)
 
     def take(self) -> Tensor:
-        """The tensor, on its device; the host keeps its copy, for a graph that is walked again."""
+        """The tensor, on its device. The host keeps its copy, because a graph may be walked again."""
         self.begin_return()
         assert self.returning is not None
         tensor, self.returning = self.returning, None
@@ -38,8 +43,8 @@ class Parked:
 class HostStore:
     """Parks what autograd saves while its hooks are in force, and brings it back ahead of need.
 
-    Parameters stay where they are: they live on the device anyway. Copies are queued on the current stream, so
-    memory is given up and taken back in order; pinned memory lets the host go on meanwhile.
+    Parameters stay where they are, because they live on the device anyway. Copies are queued on the current stream, so
+    the device's memory is given up and taken again in order. Pinned host memory lets the host go on meanwhile.
     """
 
     def __init__(self) -> None:
@@ -63,6 +68,7 @@ class HostStore:
             return packed
         tensor = packed.take()
         following = None if packed.before is None else packed.before()
-        if following is not None and following.walks < packed.walks:  # not yet taken in this walk
+        # Ahead of need, unless this backward has taken it already.
+        if following is not None and following.walks < packed.walks:
             following.begin_return()
         return tensor

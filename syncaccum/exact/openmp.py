@@ -37,7 +37,9 @@ class Teams:
         others = torch.get_num_threads() - 1
         if others == 0 or not self._computes_here:
             return
+        # All teams at once, besides the threads of the micro-batches.
         self._one_at_a_time = not _can_start(self._count - 1 + self._count * others)
+        # One team at a time.
         needed = self._count - 1 + others
         if self._one_at_a_time and not _can_start(needed):
             raise LockstepError(
@@ -50,7 +52,7 @@ class Teams:
         """Nothing: teams end with the threads of their micro-batches."""
 
     def release(self) -> None:
-        """The micro-batch of this thread stops for now. Starting a team anew costs time; without need it stays."""
+        """Send this thread's team away, as its micro-batch stops for now. Only if needed: a new team costs time."""
         if self._one_at_a_time:
             for pause in _find_pauses():
                 pause(_SOFT)

@@ -1,8 +1,8 @@
 """Parametrized weights: computed once for all micro-batches, as one forward of the large batch does.
 
-spectral_norm changes its buffers each time. ``torch.nn.utils.parametrize.cached()`` would serve a second forward
-inside the user's with the first one's weight, and other threads, too. So: the first evaluation of each micro-batch
-shares one value, the second shares another.
+spectral_norm changes its buffers at each evaluation. ``torch.nn.utils.parametrize.cached()`` does not do: a user's
+forward may run the model twice, and it would give both runs one weight; and it would serve other threads. So here the
+first evaluations of all micro-batches share one value, the second ones share another.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class SharedWeights:
     def value(self, weights: ParametrizationList, number: int) -> Tensor:
         """What evaluation ``number`` of each micro-batch gives."""
         values = self._values[weights]
+        # The first micro-batch to ask computes, the others take.
         if number == len(values):
             values.append((torch.is_grad_enabled(), ParametrizationList.forward(weights)))
         grad, value = values[number]

@@ -44,7 +44,8 @@ class ThreadState:
         # Asked, torch tells OpenMP in this thread, too.
         # Else convolutions take OMP_NUM_THREADS, however many torch uses.
         torch.get_num_threads()
-        self._context.copy().run(self._run, function)  # a copy: one thread at a time may be inside a context
+        # A copy: only one thread at a time may be in a context.
+        self._context.copy().run(self._run, function)
 
     def _run(self, function: Callable[[], None]) -> None:
         with ExitStack() as stack:

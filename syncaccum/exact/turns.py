@@ -45,6 +45,7 @@ class Turns:
         self._started: set[int] = set()
         self._ended: set[int] = set()
         self._cancelled = False
+        # Of several failures the first is told: the others follow from it.
         self._failure: BaseException | None = None
         for gate in self._gates:
             gate.acquire()
@@ -132,6 +133,7 @@ class Turns:
             self._fail(error)
 
     def _await_turn(self, index: int) -> None:
+        # With a limit, because a signal is seen between two waits.
         while not self._gates[index].acquire(timeout=_LOOK):
             pass
         if self._cancelled:
@@ -139,6 +141,7 @@ class Turns:
         self._on_turn(index)
 
     def _hand_on(self, index: int) -> None:
+        # The last step comes back to this call: it may be alone.
         for step in range(1, self.count + 1):
             following = (index + step) % self.count
             if self._alive[following]:

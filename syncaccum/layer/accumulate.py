@@ -25,7 +25,7 @@ from syncaccum.torch_private import (
 def is_counted(layer: Accumulating) -> bool:
     """Whether a forward goes into the window. Asked in each forward, as nn.BatchNorm reads its momentum in each.
 
-    Many set momentum to 0 for forwards that shall not count. A layer that had 0 from the start counts, though: its
+    Users set momentum to 0 for forwards that shall not count. A layer that had 0 from the start counts, though: its
     commits leave the statistics as they are, but add to ``num_batches_tracked``, as nn.BatchNorm's forwards do.
     """
     state = layer._accumulation
@@ -66,6 +66,7 @@ def accumulate_together(sums: Mapping[Accumulating, Tensor]) -> None:
         _open(layer)
         match_width(layer)
         _bring_home(layer._accumulation, sums[layer].device)
+    # One call for all layers: a signal comes before or after it.
     if sums:
         add_to_all([layer._accumulation.window for layer in sums], list(sums.values()))
     for layer in sums:
@@ -96,7 +97,7 @@ def _add(state: Accumulation, sums: Tensor) -> None:
 
 
 def _bring_home(state: Accumulation, device: torch.device) -> None:
-    # Some tools move a layer past _apply. The data tells where to.
+    # Some tools move a layer without _apply: follow the data.
     # An inference tensor refuses to be added to.
     if state.window.device != device or state.window.is_inference():
         state.window = bring_home(state.window, device)

@@ -166,7 +166,7 @@ def _convert_layer(
 ) -> None:
     outer = type(layer)
     # parametrize puts a class of its own over the layer's.
-    # Ours belongs below it, so that it can still be taken off.
+    # Ours goes below: that one can still be taken off.
     source = outer.__bases__[0] if parametrize.is_parametrized(layer) else outer
     if issubclass(source, nn.SyncBatchNorm):
         process_group = layer.process_group if process_group is None else process_group

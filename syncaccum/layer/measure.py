@@ -12,22 +12,30 @@ from torch import Tensor
 from syncaccum.layer.memory_order import as_columns, as_passes, is_on_cuda, is_rows, per_channel
 from syncaccum.moments import pack_statistics
 
-# Of so many values of a channel is the median taken that serves as an origin: see `channel_origin`.
+# An origin is the median of so many values: `channel_origin`.
 _ORIGIN_VALUES = 64
 _ORIGIN_SAMPLES = 8
 
-# float32 sums are exact to 1e-6 where no running sum takes more than some 50 additions: each may lose half a unit in
-# the last place, 6e-8, and equal values (a border, a mask) all lose it on the same side: 2e-4 measured at 8,192.
-# So data is cut into runs, whose sums are added in float64. A run in columns is one running sum of each channel;
-# a run in rows has one for each SIMD lane, 8 or 16 of them.
+# Each addition to a float32 sum may lose 6e-8 of it:
+# half a unit in the last place.
+# Equal values (a border, a mask) all lose on the same side.
+# After 8,192 additions that was 2e-4 (measured).
+# After some 50 it is 1e-6 at most.
+# So data is cut into runs, whose sums are added in float64.
+# In columns a run is one running sum of each channel.
+# In rows it is one for each SIMD lane, 8 or 16 of them.
 _COLUMN_RUN = 49
 _ROW_RUN = 256
 # So many running sums stay in a core's first cache.
 _CACHED_SUMS = 8192
 
-# Largest mean^2/variance at which sums of values as they are carry the variance to 1e-6. In rows it is a difference of
-# two sums, each right to 2e-7. In columns torch subtracts a mean first, but float32 has the mean to 1e-7 only, which is
-# what sets the limit there; and in float32 (x - mean) is then off by 2e-7 standard deviations.
+# Sums of the values as they are give the variance to 1e-6
+# as long as mean^2/variance is no larger than this.
+# In rows the variance is a difference of two sums,
+# each right to 2e-7.
+# In columns torch subtracts a mean before it squares.
+# float32 has that mean to 1e-7, which sets the limit.
+# x - mean is then off by 2e-7 standard deviations.
 _MAX_ROW_OFFSET = 1.0
 _MAX_OFFSET = 4.0**2
 
@@ -55,8 +63,9 @@ def merge(parts: Sequence[Measured]) -> tuple[int, Tensor, Tensor]:
     """Count, mean and variance of several micro-batches together, as accurate as theirs (Chan et al., 1979)."""
     n = sum(part.n for part in parts)
     means, variances = (torch.stack(vectors) for vectors in zip(*((p.mean, p.variance) for p in parts), strict=True))
+    # max: all of them may be empty.
     shares = torch.tensor([part.n / max(n, 1) for part in parts], dtype=means.dtype, device=means.device).unsqueeze(1)
-    # From one mean on: their differences are small, where they themselves are large.
+    # Means less one of them: small numbers, also where means are large.
     start = max(parts, key=lambda part: part.n).mean
     delta = means - start
     step = (delta * shares).sum(0)
@@ -66,10 +75,10 @@ def merge(parts: Sequence[Measured]) -> tuple[int, Tensor, Tensor]:
 def measure(x: Tensor) -> Measured:
     """First pass: mean and variance of a dense micro-batch.
 
-    Raw float32 sums of squares lose everything once mean/std reaches 1e4 (1702 % error). Where a channel's mean
-    dwarfs its deviation, ``x - origin`` is measured in place of x, which float32 carries to 1e-7, and the shift is
-    undone in float64. The origin is the mean just found. On a GPU it is always done, with an origin from a sample: to
-    look first would make the forward wait for the device.
+    float32 sums of squares lose everything once mean/std reaches 1e4 (1702 % error). So where a channel's mean is large
+    beside its deviation, ``x - origin`` is measured in place of x. float32 carries that to 1e-7. The origin is added
+    again in float64. It is the mean just found. On a GPU an origin is always subtracted, the median of a sample: to
+    look at the mean first would make the forward wait for the device.
     """
     channels = x.shape[1]
     count = x.numel() // channels
@@ -81,9 +90,11 @@ def measure(x: Tensor) -> Measured:
         origin = channel_origin(values)
     else:
         mean, variance = _mean_and_variance(values)
+        # Mostly the values can be taken as they are.
         rows = is_rows(values)
         if _is_within(_MAX_ROW_OFFSET if rows else _MAX_OFFSET, mean, variance):
             return Measured(values, None, count, mean, variance)
+        # Rows have a tighter limit: measure again what breaks it.
         if rows and _is_within(_MAX_OFFSET, mean, variance):
             _refine(values, mean, variance)
             return Measured(values, None, count, mean, variance)
@@ -96,6 +107,7 @@ def measure(x: Tensor) -> Measured:
 
 def _is_within(offset: float, mean: Tensor, variance: Tensor) -> bool:
     """Whether mean^2/variance is no larger in any channel; False where something is NaN."""
+    # Without a division: a variance may be 0.
     return torch.addcmul(variance, mean, mean, value=-1 / offset).min().item() >= 0
 
 
@@ -104,6 +116,7 @@ def _refine(rows: Tensor, mean: Tensor, variance: Tensor) -> None:
     far = (variance * _MAX_ROW_OFFSET < mean.square()).nonzero().flatten()
     origin = mean[far].to(rows.dtype)
     part = rows[:, far]
+    # In place on a copy: indexing with a tensor makes one.
     mean[far], variance[far] = _mean_and_variance(part.sub_(per_channel(origin, part)))
     mean[far] += origin
 
@@ -111,8 +124,8 @@ def _refine(rows: Tensor, mean: Tensor, variance: Tensor) -> None:
 def channel_origin(values: Tensor) -> Tensor:
     """A constant per channel, a few standard deviations from its mean at most.
 
-    The median of values from all over the tensor: no median is further from the mean than one standard deviation,
-    whatever spots, borders and outliers there are. Its own rounding is of no matter: exactly this is subtracted.
+    It is the median of values from all over the tensor. No median is further from the mean than one standard deviation,
+    whatever spots, borders and outliers there are. Its rounding does not matter: what is subtracted is added again.
     """
     if values.dim() == 2:
         sample = values[_spread(values.shape[0], _ORIGIN_VALUES)]
@@ -120,7 +133,8 @@ def channel_origin(values: Tensor) -> Tensor:
         flat = values[_spread(values.shape[0], _ORIGIN_SAMPLES)].flatten(2)
         positions = _spread(flat.shape[2], -(-_ORIGIN_VALUES // flat.shape[0]))
         sample = flat[:, :, positions].movedim(1, -1).flatten(0, 1)
-    # Sorted: CUDA's median is not deterministic, and refuses where that is asked for.
+    # Sorted: CUDA's median is not deterministic,
+    # and raises where torch is told to be.
     return sample.sort(0).values[sample.shape[0] // 2]
 
 
@@ -144,9 +158,10 @@ def _of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     run = _choose_run(length, _ROW_RUN)
     pieces = length // run
     whole = pieces * run
+    # The norm squares and sums in one pass, without a copy.
     norms = torch.linalg.vector_norm(torch.unflatten(rows[:, :, :whole], 2, (pieces, run)), dim=3)
     squares = norms.square_().sum(2, dtype=torch.float64)
-    # torch's sums of rows are pairwise, which is good for any length.
+    # torch's sums of rows are pairwise: good for any length.
     sums = torch.stack((rows.sum(2), squares)).sum(1, dtype=torch.float64)
     if whole < length:
         sums[1] += rows[:, :, whole:].to(torch.float64).square().sum((0, 2))
@@ -160,14 +175,18 @@ def _of_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
     run = _choose_run(count, _COLUMN_RUN)
     pieces = count // run
     whole = pieces * run
-    # Neighbouring values side by side, as if they were channels: fewer additions to each running sum.
+    # Neighbouring values side by side, as if they were channels:
+    # each running sum has fewer additions.
     at_once = max(1, _CACHED_SUMS * torch.get_num_threads() // channels) * run
     parts = torch.split(columns[:whole], at_once)
     each = [torch.batch_norm_update_stats(part.view(run, -1), None, None, 0.0) for part in parts]
     means, variances = each[0] if len(each) == 1 else map(torch.cat, zip(*each, strict=True))
     if pieces == 1:
         return means.to(torch.float64), variances.to(torch.float64)
-    # Sums over dimension 0 are pairwise, and of small numbers but the first, whose error the second takes away.
+    # Variance of all: mean of the runs' variances,
+    # and variance of their means (law of total variance).
+    # torch's sums over dimension 0 are pairwise.
+    # The first one adds large numbers; `error` is what it lost.
     means = means.view(pieces, channels)
     center = means.mean(0)
     spread = means.sub_(center)
@@ -185,6 +204,7 @@ def _choose_run(count: int, most: int) -> int:
     """How long to make the runs, such that few values or none are left over."""
     if count <= most:
         return count
+    # No shorter than half: short runs make many pieces.
     even = [run for run in range(most // 2, most + 1) if count % run == 0]
     return even[-1] if even else count // -(-count // most)
 

@@ -7,7 +7,8 @@ import warnings
 from syncaccum.layer.state import Accumulating, has_statistics, tracks
 from syncaccum.torch_private import runs_in_backward
 
-# Micro-batches without a commit: surely forgotten. Windows of hundreds are in use.
+# So many micro-batches without a commit: surely forgotten.
+# Windows of some hundred are in use.
 FORGOTTEN_AFTER = 1000
 
 
@@ -15,8 +16,8 @@ def note_forward(layer: Accumulating) -> None:
     """Note that a training forward uses the running statistics as they are now. Not called in compiled forwards.
 
     Raises:
-        RuntimeError: it is a checkpoint's second one, and the first used others, so its gradient would be wrong; or
-            the first did not count, and nothing would.
+        RuntimeError: it is a checkpoint's second forward, and the first one used other statistics, so that the
+            gradient would be wrong; or the first one did not count, and then neither would.
     """
     state = layer._accumulation
     if not runs_in_backward():
@@ -30,6 +31,7 @@ def note_forward(layer: Accumulating) -> None:
             "track_running_stats=False, so nothing was counted. Some wrappers switch it off (fairscale's "
             "checkpoint_wrapper does): use torch.utils.checkpoint, under which this layer counts once"
         )
+    # Policy "batch" looks at no running statistics.
     if state.normalization != "batch":
         raise RuntimeError(
             f"torch.utils.checkpoint runs the forward of layer {name} again, but its running statistics were "
@@ -39,7 +41,7 @@ def note_forward(layer: Accumulating) -> None:
 
 
 def note_untracked_forward(layer: Accumulating) -> None:
-    """Know that a training forward did not count, though the layer has running statistics."""
+    """Note that a training forward did not count, although the layer has running statistics."""
     if layer.training and has_statistics(layer) and not tracks(layer) and not runs_in_backward():
         layer._accumulation.ran_untracked = True
 
@@ -60,6 +62,7 @@ def warn_if_uncommitted(layer: Accumulating) -> None:
 
 
 def warn_of_forgotten_commits(layer: Accumulating) -> None:
+    """Say that a training loop seems to have no commit in it."""
     _warn_once(
         layer,
         "forgotten",

@@ -40,7 +40,11 @@ def apply_normalizer(
 
 
 def _shift_center(measured: Measured, norm: Normalizer, narrow: Normalizer) -> Normalizer:
-    """``narrow``, which is ``norm`` in the precision of the values, for values that may be shifted."""
+    """``narrow``, for values that lack the origin: the center lacks it, too.
+
+    ``narrow`` is ``norm`` in the precision of the values. Center and origin may be large and nearly equal, so their
+    difference is taken in float64.
+    """
     if measured.origin is None:
         return narrow
     return narrow._replace(center=(norm.center - measured.origin).to(measured.values.dtype))
@@ -56,7 +60,7 @@ def _apply_affine(x: Tensor, center: Tensor, slope: Tensor, shift: Tensor | None
         return torch.batch_norm_elemt(as_passes(x), None, shift, center, slope, 0.0).as_strided(x.shape, x.stride())
     if is_rows(x):
         # nn.BatchNorm's eval forward: the one kernel that walks rows once.
-        # addcmul takes six times as long in rows; in columns it is faster.
+        # addcmul takes six times as long, but in columns less.
         return torch.native_batch_norm(x, slope, shift, center, torch.ones_like(center), False, 0.0, 0.0)[0]
     return torch.addcmul(per_channel(_intercept(center, slope, shift), x), x, per_channel(slope, x))
 
@@ -108,7 +112,7 @@ def gradient_sums(dy: Tensor, x: Tensor, norm: Normalizer) -> tuple[Tensor, Tens
             dy, x, norm.center, norm.scale, None, True, False, False
         )
         return sum_dy, sum_dy_xmu * norm.scale
-    # The reduction that torch's own BatchNorm uses; it subtracts the center before it multiplies.
+    # nn.BatchNorm's reduction: it subtracts before it multiplies.
     _, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
         dy, x, None, None, None, norm.center, norm.scale, True, 0.0, [False, True, True]
     )
@@ -127,6 +131,7 @@ def apply_gradient(
     if is_on_cuda(x):
         return _apply_gradient_on_cuda(dy, x, weight, norm, norm.feedback, sums)
     sum_dy, sum_dy_xhat = sums
+    # Normalizer's dx, sorted by dy, x - c and a constant.
     pull = slope * -norm.feedback
     b = pull * norm.scale * sum_dy_xhat
     return _apply_affine(x.to(wide), norm.center, b, pull * sum_dy).addcmul_(dy, a).to(x.dtype)
@@ -214,12 +219,14 @@ def _apply_normalize(*args: Any) -> tuple[Tensor, ...]:
 
 
 class _Normalize(torch.autograd.Function):
-    """Inputs that share their statistics, and with them a backward; an ordinary forward has one."""
+    """Inputs that share their statistics, and so their backward. An ordinary forward has one, a lockstep several."""
 
     @staticmethod
     def forward(ctx, norm, measured, weight, bias, reduce_sums, policy, *xs):  # type: ignore[no-untyped-def]
+        # x is mostly held anyway; x_hat would be one more.
         ctx.save_for_backward(weight, bias, *xs)
         narrow = norm.to_dtype(measured[0].values.dtype)
+        # Not shifted: the backward reads x, not the measured values.
         ctx.norm, ctx.reduce_sums, ctx.policy = narrow, reduce_sums, policy
         pairs = zip(xs, measured, strict=True)
         return tuple(apply_normalizer(x, m, weight, bias, _shift_center(m, norm, narrow)) for x, m in pairs)
@@ -228,6 +235,7 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx, *dys):  # type: ignore[no-untyped-def]
         weight, bias, *xs = ctx.saved_tensors
         _, _, needs_weight, needs_bias, _, _, *needs_x = ctx.needs_input_grad
+        # create_graph=True: the gradient itself needs a graph.
         if torch.is_grad_enabled():
             return _composed_gradients(ctx, *dys)  # type: ignore[no-untyped-call]
         pairs = [(match_order(dy, x), x) for dy, x in zip(dys, xs, strict=True)]
@@ -239,7 +247,8 @@ class _Normalize(torch.autograd.Function):
             dxs = [dx]
         else:
             local = _add_sums([gradient_sums(dy, x, ctx.norm) for dy, x in pairs])
-            dweight, dbias = parameter_gradients(ctx.norm, local)  # of this process: DDP adds up the others'
+            # From this process's sums: DDP adds up the others'.
+            dweight, dbias = parameter_gradients(ctx.norm, local)
             sums = local if ctx.reduce_sums is None else ctx.reduce_sums(local)
             dxs = [
                 apply_gradient(dy, x, weight, ctx.norm, sums) if wanted else None
@@ -278,6 +287,7 @@ def _compose(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Poli
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     origin = values.detach().mean(dims)
     shifted = values - per_channel(origin, x)
+    # Again, because the first mean was rounded.
     mean_of_shifted = shifted.mean(dims)
     centered = shifted - per_channel(mean_of_shifted, x)
     variance = centered.square().mean(dims).to(torch.float64)

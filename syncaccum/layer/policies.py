@@ -46,7 +46,7 @@ class Normalizer(NamedTuple):
         center, scale = self.center.to(dtype), self.scale.to(dtype)
         gain = None if self.gain is None else self.gain.to(dtype)
         offset = None if self.offset is None else self.offset.to(dtype)
-        # feedback multiplies C-sized sums only, never data: it stays as it is.
+        # feedback never meets data, only C-sized sums.
         return Normalizer(center, scale, gain, offset, self.feedback)
 
 

@@ -28,7 +28,7 @@ class Setting:
 
 def check_settings(normalization: str, r_max: float = 1.5, d_max: float = 0.5, prior_count: float = 1.0) -> None:
     """Raise ValueError for a setting out of range."""
-    # `not r >= 1` rather than `r < 1`: NaN must fail, too.
+    # With `not` and >=, rather than <: NaN must fail.
     if normalization not in POLICIES:
         raise ValueError(f"normalization must be one of {', '.join(map(repr, POLICIES))}, got {normalization!r}")
     # Below 1 the range from 1/r_max to r_max is empty.

@@ -125,7 +125,7 @@ def commit_momentum(layer: Accumulating) -> float | None:
     Ranks compare it before a commit. So a rank with an empty window must say what the others say.
     """
     # A pause is momentum 0 for forwards that do not count.
-    # It may still be in force now, and is no factor of a commit.
+    # It may be on now, and is no factor of a commit.
     state, momentum = layer._accumulation, layer.momentum
     paused = momentum == 0 and not state.always_counts
     return state.momentum if state.is_open or paused else momentum

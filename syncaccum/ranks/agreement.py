@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 # Every message begins with a header: [new, a, a^2, b, b^2, c, c^2].
 # new is 1 where the sender proposes a layout, else 0.
 # a, b and c are the three pieces of a fingerprint.
-# Headers are summed over the ranks, with the rest of the message.
-# If R ranks have equal pieces, the sums are R a and R a^2.
-# If not, they cannot both be: the squares then sum to more.
-# 20 bits a piece: over 4,096 ranks squares sum to 2^52 at most,
-# which float64 still holds exactly.
+# Headers are summed over the ranks, as the whole message is.
+# Equal pieces of R ranks give R a and R a^2.
+# Unequal ones never give both: their squares sum to more.
+# 20 bits: squares of 4,096 ranks sum to 2^52 at most,
+# which float64 holds exactly.
 # Three pieces, 60 bits: chance makes no equals.
 _PIECES = 3
 _PIECE_BITS = 20

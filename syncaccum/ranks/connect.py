@@ -75,8 +75,8 @@ def gather_texts(transport: Transport, texts: Sequence[str], *, at_least: int = 
     mine = json.dumps(list(texts)).encode()
     if len(mine) > _LONGEST:
         mine = json.dumps([f"{len(mine):,} bytes of text, too long to send"]).encode()
-    # First the lengths, so that all ranks make tables of one size.
-    # A sum where each rank fills its own place is a gather.
+    # First the lengths: all ranks' tables must have one size.
+    # A sum is a gather if each rank fills its place.
     home = transport.choose_device(torch.device("cpu"))
     sizes = torch.zeros(transport.size, dtype=torch.float64, device=home)
     sizes[transport.rank] = len(mine)

@@ -12,7 +12,9 @@ from typing import Any, TypeAlias
 import torch.distributed as dist
 from torch import Tensor
 
-Group: TypeAlias = Any  # dist.ProcessGroup | mpi4py.MPI.Intracomm | None; torch types a non-member's group as int
+# dist.ProcessGroup, mpi4py.MPI.Intracomm or None.
+# torch gives a rank that is not in a new group an int.
+Group: TypeAlias = Any
 
 
 class GroupHandle:
@@ -75,7 +77,7 @@ class Communicator:
     def of(cls, comm: Any) -> Communicator:
         """The one that belongs to this communicator, for as long as that lives."""
         # Several Python objects may stand for one communicator.
-        # Only MPI knows: it keeps ours as an attribute of its own.
+        # MPI knows: it keeps ours as an attribute.
         if cls._key is None:
             cls._key = type(comm).Create_keyval()
         communicator: Communicator | None = comm.Get_attr(cls._key)

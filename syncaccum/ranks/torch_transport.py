@@ -8,12 +8,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-# DDP imports this module when it is built. A group exists by then.
+# DDP imports this module late, when a group exists.
 # The module's functions have the default group as a default argument,
 # and a default argument is kept for good.
 # destroy_process_group() then no longer ends gloo's threads.
 # One of them may abort the process while Python exits.
-# We import it earlier, mostly before any group exists: it keeps none.
+# Imported here, mostly before any group exists, it keeps none.
 import torch.distributed.nn.functional
 from torch import Tensor
 

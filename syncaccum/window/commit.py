@@ -136,8 +136,8 @@ def commit_layers(
     try:
         for_each_group(layers, commit_group)
     finally:
-        # Last: a warning may be made an error, and peers of the
-        # next group would wait for this rank.
+        # Last: a warning may be an error.
+        # Earlier, peers of the next group would wait.
         if discarded:
             _warn_of_discarded(discarded)
     applied = tuple(name for name, count in values.items() if count > 0)
@@ -158,7 +158,7 @@ def _is_ours(layer: Accumulating, count: int) -> bool:
 
 
 def _commit_group(group: Group, transport: Transport, members: Sequence[NamedLayer]) -> list[int]:
-    # No no_grad: a signal inside of it may leave it in force.
+    # Not in no_grad: a signal may leave it in force.
     # Nothing here requires gradients.
     layout, message_size = verify_layout(group, transport, members)
     windows = [layer._accumulation.window for _, layer in members]
@@ -195,7 +195,7 @@ def _judge(
 ) -> list[int]:
     """Values per channel by layer. Raises on what no rank may apply, from reduced values: all ranks raise or none."""
     at, *_ = layout.indices(reduced.device)
-    # All in one tolist(): on a GPU each would wait for the device.
+    # One tolist() for all: each waits for a GPU.
     # NaN and Inf survive the sum of everything: no mask is needed.
     *verdict, checksum = torch.cat([reduced[:HEADER], reduced[at], reduced.sum().reshape(1)]).tolist()
     header, counts = verdict[:HEADER], verdict[HEADER:]

@@ -45,7 +45,7 @@ def apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> Non
     layers = [layer for _, layer in members]
     buffers = [buffers_of(layer) for layer in layers]
     current = [cast(Tensor, b[name]) for name in ("running_mean", "running_var") for b in buffers]
-    # New statistics, computed in float64, then rounded once.
+    # Computed in float64, then rounded once.
     old = concatenate(current, reduced.device).to(torch.float64).view(2, -1)
     new = torch.lerp(old, update, _factors(layers, layout, reduced.device)).view(-1)
     rounded, stored = _round_as_stored(new, layout, current)
@@ -80,7 +80,7 @@ def _judge_rounded(layout: Layout, members: Sequence[NamedLayer], current: Seque
 
     They come from reduced values and from running statistics. Both are equal on all ranks, so all decide alike.
     """
-    # float32 at least: a float16 sum of good values may be Inf.
+    # float32 at least: in float16 good values sum to Inf.
     if math.isfinite(rounded.sum(dtype=torch.promote_types(rounded.dtype, torch.float32)).item()):
         return
     # The sum itself may be too large: now look at each layer.

@@ -20,8 +20,8 @@ from syncaccum.torch_private import set_join_settings
 from syncaccum.window.commit import OnNonFinite, commit_layers
 from syncaccum.window.layers import tracking_layers
 
-# What a rank with inputs is about to do, as two numbers to sum:
-# does it commit, and does that commit discard NaN and Inf?
+# What a rank with inputs will do, as two numbers to sum:
+# does it commit, and does that discard NaN and Inf?
 _FORWARD, _COMMIT, _DISCARDING_COMMIT = (0.0, 0.0), (1.0, 0.0), (1.0, 1.0)
 
 
@@ -47,6 +47,7 @@ def join(ddp: DistributedDataParallel) -> Iterator[None]:
 
     Raises:
         TypeError: it is not a DistributedDataParallel.
+        RuntimeError: this process is in a join already.
         NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
         CommitError: some ranks commit while others go on with their window; a commit of something else than this
             model; what a commit raises, on all ranks alike, also on those that wait.
@@ -70,7 +71,7 @@ def join(ddp: DistributedDataParallel) -> Iterator[None]:
     context = Join([joinable])
     # DDP shall act as in its own join, but for one thing.
     # It would announce forwards by itself, and know nothing of commits.
-    # Not being the first joinable keeps it from that: we announce both.
+    # Not the first joinable, it leaves that to us.
     set_join_settings(ddp, enable=True, throw_on_early_termination=False, is_first_joinable=False)
     handle = ddp.register_forward_pre_hook(lambda *_: joinable.announce(_FORWARD))
     try:

@@ -14,7 +14,7 @@ from syncaccum.ranks.groups import Group, resolve_group
 NamedLayer = tuple[str, Accumulating]
 R = TypeVar("R")
 
-# Modules that stand for another one, and the name they hold it by.
+# Wrappers, and the name they hold the real module by.
 # Layers are named without them, because ranks may wrap differently,
 # and so may the program that loads a checkpoint.
 # By class name: the classes need not be imported.

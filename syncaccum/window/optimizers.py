@@ -57,7 +57,7 @@ def _unwrap(wrapper: Any, outer: frozenset[int]) -> list[Optimizer]:
     if not isinstance(wrapper, Optimizer):
         return inner
     # It may hold an optimizer of other parameters, with another task.
-    # If it holds several of its own, it alone knows who steps when:
+    # Of several it alone knows which steps when:
     # then its own step is the one to see.
     ours = list(dict.fromkeys(found for found in inner if _share_parameters(wrapper, found)))
     return ours if len(ours) == 1 else [wrapper]

@@ -100,7 +100,7 @@ def _measuring(layers: Sequence[Accumulating]) -> Iterator[None]:
     before = [_Before(layer) for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
-        # A cumulative average: the first batch replaces all.
+        # A cumulative average: the first commit replaces all.
         layer.momentum = None
         # As in update_bn. The committed statistics are gone meanwhile.
         layer._accumulation.normalization = "batch"
@@ -130,7 +130,7 @@ class _Before:
         layer.momentum = self._momentum
         for name, value in self._settings.items():
             setattr(state, name, value)
-        # Still 0: there was no commit, so the old statistics come back.
+        # Still 0, so there was no commit.
         if not _tensor_of(layer, "num_batches_tracked"):
             state.drop()
             for name, value in self._buffers.items():

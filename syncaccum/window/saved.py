@@ -72,7 +72,7 @@ def _gather_group(group: Group, members: Sequence[NamedLayer]) -> dict[str, Tens
     call = "gather_window_state_dict"
     transport = connect(group, call=call)
     layout, message_size = verify_layout(group, transport, members)
-    # Of its own: a peer that commits now must not take this for one.
+    # Not a commit's: a peer may commit now.
     fingerprint = Fingerprint.of(layout.key, call)
     windows = [layer._accumulation.window for _, layer in members]
     reduced = reduce_windows(transport, fingerprint, message_size, windows)
@@ -124,7 +124,7 @@ def _check_fit(name: str, layer: Accumulating, saved: Tensor) -> None:
             "or go on with empty windows: discard(model)"
         )
     # A negative count would cancel data of other ranks, unseen.
-    # The sums may be NaN: a commit finds that and names the layer.
+    # Sums may be NaN: a commit names their layer.
     counts = saved[..., 0]
     whole = counts.isfinite() & (counts >= 0) & (counts == counts.floor())
     if not whole.all():

@@ -16,7 +16,7 @@ from syncaccum.window.commit import OnNonFinite, check_on_nonfinite, commit_laye
 from syncaccum.window.layers import tracking_layers
 from syncaccum.window.optimizers import find_optimizers, hook_step
 
-# A GAN's critic takes up to 100 steps for one of the generator.
+# A GAN's critic takes up to 100 steps in a round.
 # Twice as many look like a mistake.
 _UNEVEN_AFTER = 200
 

@@ -153,7 +153,7 @@ def test_a_given_group_overrides_sync_batch_norms(rank: Rank) -> None:
 
 @on_ranks(2)
 def test_accumulate_batch_norm_takes_part_in_the_default_group(rank: Rank) -> None:
-    """The seed's call knew no ranks."""
+    """It has no argument for a group, and so commits over all ranks."""
     layer = AccumulateBatchNorm(nn.BatchNorm2d, 2, momentum=1.0)
     layer(torch.full((1, 2, 1, 1), 2.0 * rank.index))
     layer.update_stats()

@@ -303,7 +303,7 @@ def test_torchs_lazy_quantized_and_other_kinds_stay_out_of_the_way() -> None:
     assert [type(m) for m in model] == [nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d]
 
 
-# --- the seed's call ------------------------------------------------------------------------------------------
+# --- AccumulateBatchNorm --------------------------------------------------------------------------------------
 
 
 def test_accumulate_batch_norm_takes_the_class_and_its_arguments() -> None:
