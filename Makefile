@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 FAST := .venv-fast
+FRAMEWORKS := .venv-frameworks
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast faults test-multinode check format bench equivalence clean
+.PHONY: help demo test test-fast test-frameworks faults test-multinode check format bench equivalence clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -49,6 +50,15 @@ $(FAST)/.installed: constraints.txt
 test-fast: $(FAST)/.installed ## run the unit tests, which need torch and pytest alone
 	$(FAST)/bin/python -m pytest tests/unit $(ARGS)
 
+# torchvision, which timm and fastai import, fits the registry's own torch alone, and that brings CUDA along.
+$(FRAMEWORKS)/.installed: tests/frameworks/requirements.txt
+	$(PYTHON) -m venv --clear $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+test-frameworks: $(FRAMEWORKS)/.installed ## run the tests with timm and fastai; installs 6 GB, some of it CUDA
+	$(FRAMEWORKS)/bin/python -m pytest tests/frameworks $(ARGS)
+
 test-multinode: $(INSTALLED) ## run the tests that span nodes, in clusters of containers; docker/engine.sh gets an engine
 	docker/run.sh $(ARGS)
 	$(if $(ARGS),,docker/replace_node.sh)
@@ -74,4 +84,4 @@ equivalence: $(INSTALLED) ## compare normalization policies with the large batch
 	$(BIN)/python -m benchmarks.equivalence $(ARGS)
 
 clean: ## remove the virtual environment and what runs left behind
-	rm -rf $(VENV) $(FAST) runs
+	rm -rf $(VENV) $(FAST) $(FRAMEWORKS) runs

@@ -39,8 +39,13 @@ def concatenate(micro_batches: Iterable[Tensor]) -> Tensor:
 
 
 def gather_global_batch(micro_batches: Sequence[Tensor], group: Any = None) -> Tensor:
-    """torch.cat of these micro-batches of all ranks of a process group or an mpi4py communicator. Collective."""
+    """torch.cat of these micro-batches of all ranks of a process group or an mpi4py communicator. Collective.
+
+    Without a group they are those of the default group, where there is one.
+    """
     ours = concatenate(micro_batches)
+    if group is None and not dist.is_initialized():
+        return ours
     if not isinstance(group, dist.ProcessGroup | None):
         return torch.cat(group.allgather(ours))
     by_rank: list[Any] = [None] * dist.get_world_size(group)
