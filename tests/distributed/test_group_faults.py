@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from syncaccum import (
     CommitError,
     LayoutMismatchError,
     NonFiniteStatisticsError,
+    SyncAccumBatchNorm,
     commit,
     convert_sync_accum,
     gather_window_state_dict,
@@ -111,7 +113,7 @@ def test_with_two_groups_the_error_says_which_layers_were_committed(rank: Rank, 
     with pytest.raises(NonFiniteStatisticsError, match=f"unchanged are {unchanged}; done are {done}"):
         commit(model)
     expected = [0, 1, 1] if bad == 0 else [1, 0, 0]
-    assert [int(layer.num_batches_tracked) for layer in model] == expected
+    assert [int(layer.get_buffer("num_batches_tracked")) for layer in model] == expected
 
 
 @on_ranks(2)
@@ -124,7 +126,7 @@ def test_a_destroyed_group_is_an_error_of_its_layers_alone(rank: Rank) -> None:
     dist.destroy_process_group(group)
     with pytest.raises(CommitError, match=r"of no use .*destroyed.*unchanged are 0; done are 1"):
         commit(model)
-    assert [int(layer.num_batches_tracked) for layer in model] == [0, 1]
+    assert [int(layer.get_buffer("num_batches_tracked")) for layer in model] == [0, 1]
 
 
 # --- layers that differ between ranks --------------------------------------------------------------------------
@@ -137,10 +139,12 @@ def test_a_destroyed_group_is_an_error_of_its_layers_alone(rank: Rank) -> None:
 @on_ranks(2)
 def test_policies_that_differ_between_ranks_are_named(rank: Rank, ours: str, theirs: str) -> None:
     model = make_model()
+    layer = model[1]
+    assert isinstance(layer, SyncAccumBatchNorm)
     if rank.index == 1 and ours == "renorm":
-        model[1].normalization = theirs
+        layer.normalization = theirs
     elif rank.index == 1:
-        setattr(model[1], ours, float(theirs))
+        setattr(layer, ours, float(theirs))
     model(draw(3, rank.index))
     with pytest.raises(LayoutMismatchError, match=rf"layer 1 differs between ranks.*{theirs}"):
         commit(model)
@@ -167,7 +171,7 @@ def test_texts_that_are_none_are_an_error_on_every_rank(rank: Rank, sent: str) -
     transport = connect(resolve_group(None))
     dumps = json.dumps
     if rank.index == 1:
-        json.dumps = lambda *_: sent  # type: ignore[assignment]
+        json.dumps = lambda *_: sent
     try:
         with pytest.raises(CommitError, match="rank 1 sent something"):
             gather_texts(transport, ["fine"], at_least=1)
@@ -228,7 +232,7 @@ def test_a_failure_on_one_rank_ends_the_recalibration_of_all(rank: Rank, committ
         commit(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
-    def batches() -> object:
+    def batches() -> Iterator[torch.Tensor]:
         yield draw(4, 0)
         if rank.index == 1:
             raise OSError("disk gone")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from syncaccum import (
 )
 from tests.ranks import Rank, on_ranks
 
+M = TypeVar("M", bound=nn.Module)
 SIZES = [[3, 2], [4, 1, 2]]
 """Of micro-batches, by rank."""
 
@@ -33,7 +34,7 @@ def make_net(layers: int = 2) -> nn.Sequential:
     return nn.Sequential(*blocks, nn.Linear(4, 1)).double()
 
 
-def twins(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
+def twins(make: Callable[[], M]) -> tuple[M, M]:
     """A converted model and an unconverted one with the same state, alike on all ranks."""
     torch.manual_seed(0)
     reference, model = make().double(), make().double()
@@ -57,7 +58,11 @@ def assert_same_gradients(model: nn.Module, reference: nn.Module, factor: float 
             continue
         grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
         # A bias before a BatchNorm has a gradient of zero, which is rounding in both.
-        torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-12, msg=begin_with(name))
+
+
+def begin_with(name: str) -> Callable[[str], str]:
+    return lambda message: f"{name}: {message}"
 
 
 def train_one_step(net: nn.Module, reference: nn.Module, rank: Rank, step: int) -> None:

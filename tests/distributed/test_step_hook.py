@@ -138,6 +138,7 @@ def test_one_of_several_steps_that_grad_scaler_skips_holds_no_rank_up(rank: Rank
     pair = [SGD(ddp.module[:4].parameters(), lr=0.1), SGD(ddp.module[4:].parameters(), lr=0.1)]
     commit_on_step(ddp, pair)
     oracle = Oracle(ddp)
+    overflows = False
     ddp.module[0].weight.register_hook(lambda g: g + torch.inf if overflows else g)
     for step in range(4):
         # On one rank alone; DDP's gradients are infinite on both.

@@ -8,10 +8,12 @@ import signal
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 import syncaccum
 from syncaccum.doctor import __main__, measurement
@@ -21,7 +23,7 @@ from syncaccum.ranks.torch_transport import TorchTransport
 
 def replace_versions() -> None:
     platform.python_version = lambda: "3.9.1"
-    torch.__version__ = "2.6.0"
+    torch.__version__ = TorchVersion("2.6.0")
     syncaccum.__version__ = "0.0.1"
 
 
@@ -36,18 +38,15 @@ def spoil_sums() -> None:
     # Only in the commit: elsewhere it would spoil the ranks' notes to each other.
     measured = measurement.measure_commit_error
 
-    def measure_commit_error(*args: Any) -> float:
-        TorchTransport.all_reduce = spoiled
-        try:
-            return measured(*args)
-        finally:
-            TorchTransport.all_reduce = all_reduce
+    def measure_commit_error(*args: Any, **kwargs: Any) -> float:
+        with mock.patch.object(TorchTransport, "all_reduce", spoiled):
+            return measured(*args, **kwargs)
 
     measurement.measure_commit_error = measure_commit_error
 
 
 def stop_in_commit(with_signal: signal.Signals) -> None:
-    def stop(*args: Any) -> float:
+    def stop(*args: Any, **kwargs: Any) -> float:
         os.kill(os.getpid(), with_signal)
         raise AssertionError("a stopped process went on")
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 from tests.launch.jobs import CHECKOUT, find_free_port, make_environment
 
@@ -78,5 +78,10 @@ def _run(commands: Sequence[tuple[list[str], dict[str, str]]], wait_for: Sequenc
             for process in processes:
                 process.kill()
                 process.wait()
-        texts = [[file.seek(0) or file.read() for file in both] for both in files]
+        texts = [(_read_all(out), _read_all(err)) for out, err in files]
     return [Outcome(process.returncode, *both) for process, both in zip(processes, texts, strict=True)]
+
+
+def _read_all(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()

@@ -29,15 +29,18 @@ def make_environment(**changes: str) -> dict[str, str]:
     }
 
 
-def run(*command: object, folder: Path = CHECKOUT, **changes: str) -> subprocess.CompletedProcess[str]:
+def run(*command: object, folder: str | Path = CHECKOUT, **changes: str) -> subprocess.CompletedProcess[str]:
     """Run a command in a folder to its end; stdout and stderr together in ``stdout``."""
-    with started([str(part) for part in command], folder=folder, **changes) as process:
+    words = [str(part) for part in command]
+    with started(words, folder=folder, **changes) as process:
         output, _ = process.communicate(timeout=_PATIENCE)
-    return subprocess.CompletedProcess(command, process.returncode, output)
+    return subprocess.CompletedProcess(words, process.returncode, output)
 
 
 @contextmanager
-def started(command: Sequence[str], *, folder: Path = CHECKOUT, **changes: str) -> Iterator[subprocess.Popen[str]]:
+def started(
+    command: Sequence[str], *, folder: str | Path = CHECKOUT, **changes: str
+) -> Iterator[subprocess.Popen[str]]:
     """A running command; if it still runs in the end, it is told to stop as by a user's Ctrl-C."""
     process = subprocess.Popen(
         command,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,11 +34,9 @@ def test_running_policy_makes_the_same_steps_whatever_the_split(model: str) -> N
     # Under "running" no image sees another before the commit, so only rounding tells splits apart: float64, whose
     # 1e-16 the layers amplify to 1e-12 at most. 16 + 16 + 2 images: three ranks get unequal shares, and one of
     # them none of the last global batch. A small step, because this policy is not for training from scratch.
-    arguments = {
-        "model": model, "normalization": "running", "dtype": "float64", "lr": 1e-3, "window": 16, "train_images": 34,
-    }  # fmt: skip
-    whole, whole_sums = run_on_ranks(train_one_epoch, 1, Arguments(**arguments, micro_batch=16))[0]
-    for state, sums in run_on_ranks(train_one_epoch, 3, Arguments(**arguments, micro_batch=3)):
+    arguments = Arguments(model=model, normalization="running", dtype="float64", lr=1e-3, window=16, train_images=34)
+    whole, whole_sums = run_on_ranks(train_one_epoch, 1, replace(arguments, micro_batch=16))[0]
+    for state, sums in run_on_ranks(train_one_epoch, 3, replace(arguments, micro_batch=3)):
         assert_states_close(state, whole, rtol=1e-9)
         for ours, theirs in zip(sums, whole_sums, strict=True):
             assert ours.loss == pytest.approx(theirs.loss, rel=1e-9)
@@ -59,9 +58,9 @@ def test_first_commit_is_the_same_where_micro_batches_are(normalization: str) ->
 
 def test_batch_policy_with_one_micro_batch_to_a_window_is_plain_batchnorm() -> None:
     # Steps amplify rounding, so the tolerance is that of the other float64 comparison above.
-    arguments = {"dtype": "float64", "window": 16, "micro_batch": 16, "train_images": 32}
-    ours = run_on_ranks(train_one_epoch, 1, Arguments(**arguments, normalization="batch"))[0][0]
-    plain = run_on_ranks(train_one_epoch, 1, Arguments(**arguments, normalization="none"))[0][0]
+    arguments = Arguments(dtype="float64", window=16, micro_batch=16, train_images=32)
+    ours = run_on_ranks(train_one_epoch, 1, replace(arguments, normalization="batch"))[0][0]
+    plain = run_on_ranks(train_one_epoch, 1, replace(arguments, normalization="none"))[0][0]
     assert ours["stem.1.num_batches_tracked"] == 2
     assert_states_close(ours, plain, rtol=1e-9)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from syncaccum import commit_on_step, convert_sync_accum
+from syncaccum import SyncAccumBatchNorm, commit_on_step, convert_sync_accum
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -34,6 +34,8 @@ def make_micro_batch(seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("hooked_first", [True, False])
 def test_one_commit_for_each_window_of_accumulate(accelerator: Any, hooked_first: bool) -> None:
     model = make_model()
+    layer = model[1]
+    assert isinstance(layer, SyncAccumBatchNorm)
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
     if hooked_first:
         commit_on_step(model, optimizer)
@@ -48,7 +50,7 @@ def test_one_commit_for_each_window_of_accumulate(accelerator: Any, hooked_first
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-        counts.append(int(model[1].window.count))
+        counts.append(int(layer.window.count))
     assert counts == [4, 0] * 3
     assert model[1].num_batches_tracked == 3
 

@@ -6,7 +6,7 @@ kernel, which takes no empty grid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -80,8 +80,8 @@ def over(x: Tensor) -> list[int]:
 
 def update_stats(x: Tensor, mean: None, var: None, momentum: float) -> tuple[Tensor, Tensor]:
     check_data(x)
-    var, mean = torch.var_mean(wide(x), over(x), correction=0)
-    return mean, var
+    batch_var, batch_mean = torch.var_mean(wide(x), over(x), correction=0)
+    return batch_mean, batch_var
 
 
 def elemt(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
@@ -167,7 +167,7 @@ class CudaStandIn(TorchDispatchMode):
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaStandIn]:
+def cuda(monkeypatch: pytest.MonkeyPatch) -> CudaStandIn:
     for module in ("measure", "passes"):
         monkeypatch.setattr(f"syncaccum.layer.{module}.is_on_cuda", lambda x: True)
     # The counter of an untrained layer is not looked at on a GPU.

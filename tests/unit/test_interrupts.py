@@ -96,7 +96,7 @@ def make_model() -> nn.Sequential:
     model[1].momentum = None
     model[2].double()
     for layer in model:
-        layer(torch.randn(4, CHANNELS, generator=generator).to(layer.running_mean.dtype))
+        layer(torch.randn(4, CHANNELS, generator=generator).to(layer.get_buffer("running_mean").dtype))
     return model
 
 

@@ -456,6 +456,8 @@ def assert_equals_the_whole_batch(
 class Counting(nn.Module):
     """A parametrization that counts its evaluations, and depends on how many there were."""
 
+    evaluations: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("evaluations", torch.zeros(()))
@@ -520,6 +522,8 @@ def test_micro_batches_that_compute_a_weight_with_and_without_gradients() -> Non
 class Codebook(nn.Module):
     """Assigns a new tensor to its buffer, as vector quantisers do."""
 
+    mean: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(4))
@@ -542,6 +546,8 @@ class Offset(nn.Module):
 
 class OwnCounter(nn.BatchNorm1d):
     """Counts its calls, beside what nn.BatchNorm counts."""
+
+    calls: Tensor
 
     def __init__(self, features: int) -> None:
         super().__init__(features)

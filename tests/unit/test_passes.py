@@ -188,7 +188,7 @@ def test_the_input_is_never_written_to() -> None:
 @pytest.mark.parametrize("name", ["batch", "renorm"])
 def test_one_channel_has_two_memory_orders_at_once(order: Callable[[Tensor], Tensor], name: str) -> None:
     """Its strides look like those of one or the other, and the gradient's may look different."""
-    policy = {
+    policy: dict[str, Policy] = {
         "batch": Batch(EPS),
         "renorm": Renorm(EPS, torch.zeros(1).double(), torch.ones(1).double(), None, 1, 2, 1),
     }

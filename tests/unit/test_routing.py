@@ -49,6 +49,9 @@ class FixedByMomentum(nn.BatchNorm2d):
 class Domains(nn.BatchNorm2d):
     """Second statistics for a second kind of data, as MixBatchNorm."""
 
+    aux_mean: Tensor
+    aux_var: Tensor
+
     def __init__(self, num_features: int) -> None:
         super().__init__(num_features)
         self.register_buffer("aux_mean", torch.zeros(num_features))

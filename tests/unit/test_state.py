@@ -29,6 +29,12 @@ def make_model(**arguments: Any) -> nn.Sequential:
     return convert_sync_accum(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), **arguments)
 
 
+def set_momentum(model: nn.Sequential, momentum: float | None) -> None:
+    layer = model[1]
+    assert isinstance(layer, nn.BatchNorm1d)
+    layer.momentum = momentum
+
+
 # --- where the window is ---------------------------------------------------------------------------------------
 
 
@@ -143,9 +149,9 @@ def test_a_compiled_forward_heeds_not_counted_and_momentum() -> None:
         compiled(draw(8, 3))
         with not_counted(model):
             compiled(draw(8, 3))
-        model[1].momentum = 0.0
+        set_momentum(model, 0.0)
         compiled(draw(8, 3))
-        model[1].momentum = 0.1
+        set_momentum(model, 0.1)
     assert commit(model).values == {"1": 16}
 
 
@@ -157,9 +163,9 @@ def test_a_second_forward_under_momentum_0_counts_nothing(at_commit: float) -> N
     x, adversarial = draw(8, 3), draw(8, 3, seed=1)
     for m in (model, revert):
         m(x)
-        m[1].momentum = 0.0
+        set_momentum(m, 0.0)
         m(adversarial)
-        m[1].momentum = at_commit
+        set_momentum(m, at_commit)
     commit(model)
     torch.testing.assert_close(model[1].running_mean, revert[1].running_mean)
     torch.testing.assert_close(model[1].running_var, revert[1].running_var)
@@ -169,9 +175,10 @@ def test_a_commit_folds_with_the_momentum_of_its_forwards() -> None:
     model, plain = make_model(), syncaccum.revert_sync_accum(make_model())
     for momentum in (0.5, None):
         for m in (model, plain):
-            m[1].momentum = momentum
+            set_momentum(m, momentum)
             m(draw(8, 3))
-        model[1].momentum = plain[1].momentum = 0.01
+        for m in (model, plain):
+            set_momentum(m, 0.01)
         commit(model)
         torch.testing.assert_close(model[1].running_mean, plain[1].running_mean)
 
@@ -245,7 +252,7 @@ def test_transforms_of_torch_func_agree_with_batch_norm_and_count_once(different
     assert model[1].window.count == 5
     y = plain(x)
     y = y.square().sum() if differentiate is grad else y
-    rows = [torch.autograd.grad(value, plain[0].weight, retain_graph=True)[0] for value in y.flatten()]
+    rows = [torch.autograd.grad(value, plain.get_parameter("0.weight"), retain_graph=True)[0] for value in y.flatten()]
     torch.testing.assert_close(ours, torch.stack(rows).view(ours.shape))
 
 
@@ -255,7 +262,7 @@ def test_forward_mode_agrees_with_finite_differences() -> None:
     x, direction = draw(6, 3).double(), draw(6, 3, seed=1).double()
     with forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(x, direction))).tangent
-    _, again = jvp(model, (x,), (direction,))
+    again = jvp(model, (x,), (direction,))[1]
     # A central difference of step h is off by h^2 and by 1e-16 / h: some 1e-10 here.
     h = 1e-5
     difference = (model(x + h * direction) - model(x - h * direction)) / (2 * h)
@@ -304,7 +311,7 @@ def test_a_saved_window_is_loaded_after_its_statistics() -> None:
     syncaccum.load_window_state_dict(other, windows)
     commit(model)
     commit(other)
-    assert torch.equal(other[1].running_mean, model[1].running_mean)
+    assert torch.equal(other.get_buffer("1.running_mean"), model.get_buffer("1.running_mean"))
 
 
 @pytest.mark.parametrize("missing", ["running_mean", "both"])

@@ -24,6 +24,7 @@ from syncaccum import (
     discard,
 )
 from syncaccum.errors import NoLayersError, TooFewValuesError
+from syncaccum.window.commit import commit_layers
 from tests.oracle import assert_same_statistics, reference
 from tests.unit.wrappers import (
     SAM,
@@ -45,7 +46,6 @@ from tests.unit.wrappers import (
 def commits(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The layers of each commit that a step made, also of those that found no data: on ranks each is an all-reduce."""
     made: list[list[str]] = []
-    commit_layers = step_hook.commit_layers
 
     def record(layers: Any, *args: Any) -> Any:
         made.append([name for name, _ in layers])
@@ -204,7 +204,7 @@ def test_a_step_that_was_replaced_on_the_class_is_seen(commits: list[list[str]])
 
     model = make_model()
     optimizer = Mine(model.parameters(), lr=0.1)
-    Mine.step = lambda self, closure=None: None  # type: ignore[method-assign, assignment]
+    Mine.step = lambda self, closure=None: None  # type: ignore[method-assign]
     commit_on_step(model, optimizer)
     optimizer.step()
     assert len(commits) == 1
@@ -328,7 +328,7 @@ def test_an_unknown_policy_is_refused_and_leaves_the_earlier_hook(commits: list[
 
 
 def halves(model: nn.Module) -> tuple[SGD, SGD]:
-    return SGD(model[0].parameters(), lr=0.1), SGD(model[1].parameters(), lr=0.1)  # type: ignore[index]
+    return SGD(model[0].parameters(), lr=0.1), SGD(model[1].parameters(), lr=0.1)
 
 
 @pytest.mark.parametrize("collect", [list, tuple, set, lambda pair: dict(zip("ab", pair, strict=True))])
@@ -374,12 +374,14 @@ def test_a_round_waits_for_a_step_that_was_skipped(commits: list[list[str]]) -> 
     first, second = halves(model)
     commit_on_step(model, [first, second])
     windows = []
+    layer = model[1]
+    assert isinstance(layer, SyncAccumBatchNorm)
     for skips in (True, False, False):
         backward(model)
         if not skips:
             first.step()
         second.step()
-        windows.append(int(model[1].window.count))
+        windows.append(int(layer.window.count))
     # The step left out comes with the next micro-batches: from there the first one's step ends each round.
     assert windows == [4, 0, 0]
     assert len(commits) == 2
@@ -475,7 +477,7 @@ def test_calls_for_other_optimizers_or_other_layers_stay(commits: list[list[str]
 
 
 def test_nothing_keeps_a_model_alive_that_has_gone_with_its_optimizer() -> None:
-    model = make_model()
+    model: Any = make_model()
     model.optimizer = sgd(model)
     commit_on_step(model, model.optimizer)
     gone = weakref.ref(model)
@@ -558,7 +560,7 @@ def test_a_window_with_nan_raises_after_the_weights_have_moved_until_it_is_disca
         weight = model[0].weight.detach().clone()
         with pytest.raises(NonFiniteStatisticsError, match="window is kept"):
             optimizer.step()
-        assert not torch.equal(model[0].weight, weight)
+        assert not torch.equal(model.get_parameter("0.weight"), weight)
     discard(model)
     backward(model)
     optimizer.step()

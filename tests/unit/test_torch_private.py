@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,12 @@ def test_the_stance_of_the_compiler() -> None:
     assert torch_private.compile_stance() != before
     torch_private.restore_compile_stance(before)
     graphs: list[int] = []
-    torch.compile(lambda x: x + 1, backend=lambda graph, _: graphs.append(1) or graph.forward)(torch.ones(1))
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(1)
+        return graph.forward
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(1))
     assert graphs == [1]
 
 

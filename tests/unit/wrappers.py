@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ class Lookahead(Optimizer):
         self.base_optimizer = base_optimizer
         self.param_groups = base_optimizer.param_groups
         self.defaults = base_optimizer.defaults
-        self.state = {}
+        self.state = defaultdict(dict)
         self._slow = [p.detach().clone() for group in self.param_groups for p in group["params"]]
         self._taken = 0
 
@@ -82,6 +83,10 @@ class Subclass(Optimizer):
     @property
     def param_groups(self) -> Any:
         return getattr(self, self._attribute).param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: Any) -> None:
+        getattr(self, self._attribute).param_groups = groups
 
     def step(self, closure: Any = None) -> Any:
         return getattr(self, self._attribute).step(closure)
