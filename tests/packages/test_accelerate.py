@@ -85,6 +85,7 @@ def test_each_step_of_accelerate_commits_its_window() -> None:
 def test_each_step_of_accelerate_commits_the_window_of_two_ranks(rank: Rank) -> None:
     # What accelerate's own launcher sets, and by what it knows that there are peers; the group is there already.
     launched = {"RANK": str(rank.index), "LOCAL_RANK": str(rank.index), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    launched["OMP_NUM_THREADS"] = "1"  # else accelerate sets it, with a warning
     with accelerator(launched) as joint:
         assert joint.num_processes == rank.size
         model, windows = check_training(joint)
