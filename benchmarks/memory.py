@@ -45,7 +45,7 @@ def main() -> None:
                 peak = peak_bytes(layer, shape, memory_format)
                 what = f"peak of {policy} / nn.BatchNorm2d, {'x'.join(map(str, shape))} {order}"
                 figures.append(Figure(what, peak / reference, 1.0, note=f"{peak} / {reference} bytes"))
-        window = SyncAccumBatchNorm(channels)._accumulation.window
+        window = SyncAccumBatchNorm(channels)._window
         bytes_ = window.untyped_storage().nbytes()
         figures.append(
             Figure(

@@ -119,6 +119,11 @@ class SyncAccumBatchNorm(Accumulating):
         # A copy: forwards add to the window in place.
         return Moments.unpack(self._accumulation.window.clone())
 
+    @property
+    def _window(self) -> Tensor:
+        """The packed moments of the open window: the tensor itself, where ``window`` gives a copy."""
+        return self._accumulation.window
+
     def update_stats(self) -> None:
         """Commit this layer alone. Collective: every rank of its group calls it; see :func:`syncaccum.commit`.
 

@@ -215,7 +215,7 @@ def _rebase(outer: type, old: type, new: type) -> type:
 _FORWARDS_OF_TORCH = (BatchNormBase.forward, nn.SyncBatchNorm.forward)
 # What we add. A subclass may use such a name itself.
 _PUBLIC = (
-    "process_group", "normalization", "r_max", "d_max", "prior_count", "window", "update_stats", "discard",
+    "process_group", "normalization", "r_max", "d_max", "prior_count", "window", "_window", "update_stats", "discard",
 )  # fmt: skip
 # Made once for each kind of layer, not for each layer.
 # Weak: a class goes when its last layer has gone.

@@ -208,14 +208,14 @@ def test_a_commit_between_forward_and_backward_leaves_the_gradient_alone() -> No
 def test_the_window_keeps_no_autograd_graph() -> None:
     layer = SyncAccumBatchNorm(3)
     layer(torch.randn(4, 3, requires_grad=True))
-    assert not layer._accumulation.window.requires_grad
+    assert not layer._window.requires_grad
 
 
 def test_the_window_is_not_in_the_state_dict_and_buffers_are_batch_norms() -> None:
     layer = SyncAccumBatchNorm(3)
     assert layer.state_dict().keys() == nn.BatchNorm1d(3).state_dict().keys()
     assert {n for n, _ in layer.named_buffers()} == {n for n, _ in nn.BatchNorm1d(3).named_buffers()}
-    assert layer._accumulation.window.numel() * layer._accumulation.window.element_size() == 8 * (1 + 2 * 3)
+    assert layer._window.numel() * layer._window.element_size() == 8 * (1 + 2 * 3)
 
 
 @pytest.mark.parametrize(
@@ -233,13 +233,13 @@ def test_casting_a_model_keeps_the_open_window(cast: Callable[[nn.Module], nn.Mo
     layer(torch.randn(4, 3))
     before = layer.window.pack()
     cast(layer)
-    assert layer._accumulation.window.dtype == torch.float64
+    assert layer._window.dtype == torch.float64
     assert torch.equal(layer.window.pack(), before)
 
 
 def test_meta_device_and_to_empty() -> None:
     layer = SyncAccumBatchNorm(3, device="meta")
-    assert layer._accumulation.window.is_meta
+    assert layer._window.is_meta
     layer.to_empty(device="cpu")
     assert torch.equal(layer.window.pack(), torch.zeros(7, dtype=torch.float64))
     trained = trained_layer(300)

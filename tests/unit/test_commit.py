@@ -26,7 +26,7 @@ def small_model() -> nn.Sequential:
 
 
 def state(model: nn.Module) -> list[torch.Tensor]:
-    windows = [layer._accumulation.window for layer in model.modules() if isinstance(layer, SyncAccumBatchNorm)]
+    windows = [layer._window for layer in model.modules() if isinstance(layer, SyncAccumBatchNorm)]
     return [t.clone() for t in (*model.buffers(), *windows)]
 
 

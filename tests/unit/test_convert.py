@@ -122,7 +122,7 @@ def test_the_check_of_dimensions_survives() -> None:
 def test_dtype_and_device_survive() -> None:
     layer = convert_sync_accum(nn.BatchNorm1d(3, dtype=torch.float64))
     assert layer.weight.dtype == layer.running_mean.dtype == torch.float64
-    assert convert_sync_accum(nn.BatchNorm1d(3, device="meta"))._accumulation.window.is_meta
+    assert convert_sync_accum(nn.BatchNorm1d(3, device="meta"))._window.is_meta
 
 
 def test_an_optimizer_built_before_still_trains_the_model() -> None:

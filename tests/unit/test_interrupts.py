@@ -49,7 +49,7 @@ class Scene:
         self.keeps_grad_mode = keeps_grad_mode
         self.layers = [layer for layer in model.modules() if isinstance(layer, SyncAccumBatchNorm)]
         self.call = call
-        self.tensors = [t for layer in self.layers for t in (*layer.buffers(), layer._accumulation.window)]
+        self.tensors = [t for layer in self.layers for t in (*layer.buffers(), layer._window)]
         self.before = self.state()
         times = []
         for _ in range(15):
