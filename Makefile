@@ -36,7 +36,7 @@ demo: $(INSTALLED) ## train a ResNet on digits over two gloo ranks with gradient
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/torchrun_local.sh 2 launch/train.py $(DEMO_OUTPUT) $(ARGS)
 
 test: $(INSTALLED) ## run all tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadgroup $(ARGS)
 
 # TORCH=torch==2.9.1 tries another torch, installed anew each time, with the newest of what it needs.
 ifdef TORCH
