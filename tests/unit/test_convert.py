@@ -317,3 +317,13 @@ def test_accumulate_batch_norm_takes_the_class_and_its_arguments() -> None:
 def test_accumulate_batch_norm_refuses_what_is_no_batch_norm(bad: Any) -> None:
     with pytest.raises(ValueError, match="bn_class must be a BatchNorm class"):
         AccumulateBatchNorm(bad, 4)
+
+
+@pytest.mark.parametrize("momentum", [1.5, -0.1, float("nan")])
+def test_a_layer_that_cannot_be_converted_is_named_and_none_is(momentum: float) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3, momentum=momentum)), nn.BatchNorm1d(3))
+    with pytest.raises(ValueError, match=r"layer 1\.0 cannot be converted: momentum must be in \[0, 1\]"):
+        convert_sync_accum(model)
+    assert not any(isinstance(module, SyncAccumBatchNorm) for module in model.modules())
+    revert_sync_accum(model)
+    assert type(model[0]) is nn.BatchNorm1d
