@@ -142,7 +142,7 @@ def raise_layout_mismatch(
             if first != other:
                 raise LayoutMismatchError(
                     f"layer {index - 1} differs between ranks: rank 0 has {first}, rank {rank} has {other}. "
-                    "Build and convert the same model on every rank; nothing was sent"
+                    "Build and convert the same model on every rank; nothing has changed"
                 )
     # Layers are equal: is it the batches tracked?
     everyones = gather_texts(transport, _batches_tracked(group, members))
