@@ -9,6 +9,9 @@ from torch import Tensor
 from syncaccum.layer.settings import check_settings
 from syncaccum.ranks.groups import GroupHandle
 
+NEW_WINDOW = {"micro_batches": 0, "is_open": False, "ran_untracked": False}
+"""What an Accumulation knows of a window that has just begun, besides its sums."""
+
 
 @dataclass
 class Accumulation:
@@ -54,13 +57,7 @@ class Accumulation:
     def drop(self) -> None:
         """Forget the open window."""
         self.window.zero_()
-        self.close()
-
-    def close(self) -> None:
-        """The window is empty: a new one starts."""
-        self.micro_batches = 0
-        self.is_open = False
-        self.ran_untracked = False
+        vars(self).update(NEW_WINDOW)
 
     def replace_statistics(self, *, is_committed: bool) -> None:
         """Start anew, because the running statistics came from elsewhere. The window belonged to those before."""

@@ -162,7 +162,7 @@ def _commit_group(group: Group, transport: Transport, members: Sequence[NamedLay
     # Nothing here requires gradients.
     layout, message_size = verify_layout(group, transport, members)
     windows = [layer._accumulation.window for _, layer in members]
-    reduced = reduce_windows(transport, layout.fingerprint, message_size, windows)
+    reduced = _reduce_windows(transport, layout.fingerprint, message_size, windows)
     counts = _judge(group, transport, layout, members, reduced)
     seen = [member for member, count in zip(members, counts, strict=True) if count > 0]
     # The usual case. The other one builds a smaller message first.
@@ -176,7 +176,7 @@ def _commit_group(group: Group, transport: Transport, members: Sequence[NamedLay
     return counts
 
 
-def reduce_windows(
+def _reduce_windows(
     transport: Transport, fingerprint: Fingerprint, message_size: int, windows: Sequence[Tensor]
 ) -> Tensor:
     """A header and these windows, summed over the ranks, on the device of the windows. Collective."""
@@ -188,6 +188,24 @@ def reduce_windows(
     message = concatenate([header, *windows, padding], transport.choose_device(home))
     transport.all_reduce(message)
     return message[:size].to(home)
+
+
+def reduce_for(call: str, group: Group, members: Sequence[NamedLayer]) -> list[Tensor]:
+    """The windows of these layers summed over the ranks, for something else than a commit. Collective.
+
+    Raises:
+        LayoutMismatchError: some ranks call something else now.
+    """
+    transport = connect(group, call=call)
+    layout, message_size = verify_layout(group, transport, members)
+    # Not a commit's: a peer may commit now.
+    fingerprint = Fingerprint.of(layout.key, call)
+    windows = [layer._accumulation.window for _, layer in members]
+    reduced = _reduce_windows(transport, fingerprint, message_size, windows)
+    if not fingerprint.agrees(reduced[:HEADER].tolist(), transport.size):
+        raise_layout_mismatch(group, transport, members, call)
+    _, *sums = torch.split(reduced, layout.sizes)
+    return sums
 
 
 def _judge(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,15 +12,9 @@ from torch import Tensor, nn
 
 from syncaccum.errors import CommitError
 from syncaccum.layer.state import Accumulating
-from syncaccum.ranks.agreement import HEADER, Fingerprint
-from syncaccum.ranks.connect import connect
-from syncaccum.ranks.groups import Group
 from syncaccum.torch_private import buffers_of
-from syncaccum.window.commit import CommitReport, commit_layers, reduce_windows
+from syncaccum.window.commit import CommitReport, commit_layers, reduce_for
 from syncaccum.window.layers import NamedLayer, for_each_group, tracking_layers
-from syncaccum.window.layout import raise_layout_mismatch, verify_layout
-
-_CALL = "recalibrate"
 
 
 @torch.no_grad()
@@ -120,6 +115,7 @@ class _Before:
         state = layer._accumulation
         self._layer = layer
         self._momentum = layer.momentum
+        self._is_committed = state.is_committed
         self._settings = {name: getattr(state, name) for name in ("normalization", "always_counts", "uncounted")}
         self._buffers = {name: b.clone() for name, b in buffers_of(layer).items() if b is not None}
         # Also inside of not_counted: this data is to be counted.
@@ -133,6 +129,7 @@ class _Before:
         # Still 0, so there was no commit.
         if not _tensor_of(layer, "num_batches_tracked"):
             state.drop()
+            state.is_committed = self._is_committed
             for name, value in self._buffers.items():
                 _tensor_of(layer, name).copy_(value)
 
@@ -149,15 +146,7 @@ def _tell_peers(layers: Sequence[NamedLayer]) -> None:
     This rank sends a message of the right length with another fingerprint. So the peers raise, and need no timeout.
     """
 
-    def fail(group: Group, members: Sequence[NamedLayer]) -> None:
-        transport = connect(group, call=_CALL)
-        layout, message_size = verify_layout(group, transport, members)
-        failure = Fingerprint.of(layout.key, _CALL, "failed")
-        windows = [layer._accumulation.window for _, layer in members]
-        reduced = reduce_windows(transport, failure, message_size, windows)
-        # They agree only if the forward failed on all ranks.
-        if not failure.agrees(reduced[:HEADER].tolist(), transport.size):
-            raise_layout_mismatch(group, transport, members, f"{_CALL}, whose forward failed")
-
+    # Peers agree with it only if their forward has failed, too.
+    fail = partial(reduce_for, "recalibrate, whose forward failed")
     with suppress(CommitError):  # the forward's own error is what this rank raises
         for_each_group(layers, fail)

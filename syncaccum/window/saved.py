@@ -8,13 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from syncaccum.layer.state import Accumulating
-from syncaccum.ranks.agreement import HEADER, Fingerprint
 from syncaccum.ranks.connect import connect
 from syncaccum.ranks.groups import Group, resolve_group
 from syncaccum.torch_private import copy_all
-from syncaccum.window.commit import reduce_windows
+from syncaccum.window.commit import reduce_for
 from syncaccum.window.layers import NamedLayer, for_each_group, tracking_layers
-from syncaccum.window.layout import raise_layout_mismatch, verify_layout
 
 
 def window_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -69,16 +67,7 @@ def gather_window_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _gather_group(group: Group, members: Sequence[NamedLayer]) -> dict[str, Tensor]:
-    call = "gather_window_state_dict"
-    transport = connect(group, call=call)
-    layout, message_size = verify_layout(group, transport, members)
-    # Not a commit's: a peer may commit now.
-    fingerprint = Fingerprint.of(layout.key, call)
-    windows = [layer._accumulation.window for _, layer in members]
-    reduced = reduce_windows(transport, fingerprint, message_size, windows)
-    if not fingerprint.agrees(reduced[:HEADER].tolist(), transport.size):
-        raise_layout_mismatch(group, transport, members, call)
-    _, *sums = torch.split(reduced, layout.sizes)
+    sums = reduce_for("gather_window_state_dict", group, members)
     # clone: a view would keep the whole message in memory.
     return {name: window.clone().unsqueeze(0) for (name, _), window in zip(members, sums, strict=True)}
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from syncaccum.layer.accumulation import Accumulation
+from syncaccum.layer.accumulation import NEW_WINDOW, Accumulation
 from syncaccum.torch_private import without_torch_function, zero_all
 
 
@@ -26,6 +26,5 @@ def steps_of_drop(states: Sequence[Accumulation]) -> list[partial[Any]]:
     """The steps that start a new window in each layer, as ``Accumulation.drop``."""
     return [
         partial(zero_all, [state.window for state in states]),
-        *(partial(setattr, state, "micro_batches", 0) for state in states),
-        *(partial(setattr, state, "is_open", False) for state in states),
+        *(partial(vars(state).update, NEW_WINDOW) for state in states),
     ]

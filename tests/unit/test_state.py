@@ -438,7 +438,22 @@ def test_a_recalibration_that_fails_leaves_everything_as_it_was(fault: str) -> N
     assert model.training
     assert not model[0].training
     model(draw(8, 3))
+    model.eval()(draw(8, 3))  # it was committed before: no warning
     assert commit(model).values == {"1": 8}
+
+
+@pytest.mark.parametrize("end", [commit, syncaccum.discard])
+def test_a_new_window_knows_nothing_of_the_one_before(end: Callable[[nn.Module], Any]) -> None:
+    model = make_model()
+    layer: Any = model[1]
+    model(draw(8, 3))
+    layer.track_running_stats = False
+    model(draw(8, 3))
+    layer.track_running_stats = True
+    fresh = make_model()[1]._accumulation
+    end(model)
+    for name in ("micro_batches", "is_open", "ran_untracked"):
+        assert getattr(layer._accumulation, name) == getattr(fresh, name), name
 
 
 # --- tools that know layers by their module --------------------------------------------------------------------
