@@ -77,7 +77,7 @@ class Exchange:
 
     def sums_of(self, visit: Visit) -> ReduceSums | None:
         """What a layer's backward sums with; None where this process is alone."""
-        if self._transport.size == 1:
+        if self.is_alone:
             return None
 
         def reduce_sums(sums: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ class Exchange:
         return reduce_sums
 
     def _reduce(self, visit: Visit, direction: str, values: Tensor) -> Tensor:
-        if self._transport.size == 1:
+        if self.is_alone:
             return values
         about = Fingerprint.of("lockstep", direction, *visit)
         device = self._transport.choose_device(values.device)

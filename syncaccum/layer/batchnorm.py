@@ -7,7 +7,7 @@ from torch import Tensor
 
 from syncaccum.layer import surroundings
 from syncaccum.layer.accumulate import accumulate, is_counted
-from syncaccum.layer.notices import note_forward, note_untracked_forward, warn_if_uncommitted
+from syncaccum.layer.notices import note_forward, note_uncounted_forward
 from syncaccum.layer.passes import normalize
 from syncaccum.layer.policies import choose_policy
 from syncaccum.layer.settings import Setting, check_momentum
@@ -151,7 +151,7 @@ class SyncAccumBatchNorm(Accumulating):
             return normalize_and_accumulate(self, input, self.weight, self.bias, self.eps, counts=counts)
         # A warning would break a compiled graph in two.
         if not torch.compiler.is_compiling():
-            note_untracked_forward(self) if self.training else warn_if_uncommitted(self)
+            note_uncounted_forward(self)
         # All that is left is what nn.BatchNorm does.
         return super().forward(input)
 

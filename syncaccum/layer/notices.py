@@ -40,13 +40,15 @@ def note_forward(layer: Accumulating) -> None:
         )
 
 
-def note_untracked_forward(layer: Accumulating) -> None:
-    """Note that a training forward did not count, although the layer has running statistics."""
-    if layer.training and has_statistics(layer) and not tracks(layer) and not runs_in_backward():
+def note_uncounted_forward(layer: Accumulating) -> None:
+    """Note a forward that goes into no statistics: one in eval mode, or one in training that tracks none."""
+    if not layer.training:
+        _warn_if_uncommitted(layer)
+    elif has_statistics(layer) and not tracks(layer) and not runs_in_backward():
         layer._accumulation.ran_untracked = True
 
 
-def warn_if_uncommitted(layer: Accumulating) -> None:
+def _warn_if_uncommitted(layer: Accumulating) -> None:
     """Say in an eval forward that its statistics lack what training forwards have seen."""
     state = layer._accumulation
     # After a first commit, eval between two commits is ordinary.

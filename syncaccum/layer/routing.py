@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from syncaccum.errors import LockstepError
 from syncaccum.layer import surroundings
 from syncaccum.layer.batchnorm import in_lockstep, normalize_and_accumulate
-from syncaccum.layer.notices import note_untracked_forward, warn_if_uncommitted
+from syncaccum.layer.notices import note_uncounted_forward
 from syncaccum.layer.state import Accumulating, tracks
 from syncaccum.torch_private import BatchNormBase, buffers_of
 
@@ -63,10 +63,8 @@ def forward_through(layer: Any, source: type, args: Any, kwargs: Any) -> Any:
     with _Route(layer) as route:
         output = source.forward(_seen_as(layer, source), *args, **kwargs)  # type: ignore[attr-defined]
     if not torch.compiler.is_compiling():
-        note_untracked_forward(layer)
-        if not layer.training:
-            warn_if_uncommitted(layer)
-        elif not route.met_own_statistics:
+        note_uncounted_forward(layer)
+        if layer.training and not route.met_own_statistics:
             _tell_if_it_normalises_itself(layer, source)
     return output
 
