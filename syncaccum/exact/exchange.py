@@ -22,8 +22,10 @@ from syncaccum.window.layout import verify_layout
 class Visit(NamedTuple):
     """One time that all micro-batches meet at a layer."""
 
+    call: str
+    """What brings them there: lockstep, or lookahead."""
     lockstep: tuple[int, int]
-    """Which lockstep of this group it is in."""
+    """Which lockstep of this group it is in; lookaheads are counted among them."""
     number: int
     """How many visits came before, in this lockstep."""
     layer: str
@@ -33,21 +35,22 @@ class Visit(NamedTuple):
     def describe(self, direction: str) -> list[str]:
         """For ranks at odds: the call, the layer, and where in the lockstep that is."""
         return [
-            "lockstep",
+            self.call,
             self.layer,
-            f"{direction} of meeting {self.number}, lockstep {self.lockstep[1]}, running mean {self.origin:x}",
+            f"{direction} of meeting {self.number}, {self.call} {self.lockstep[1]}, running mean {self.origin:x}",
         ]
 
 
 class Exchange:
-    """The collectives of a lockstep over one group.
+    """The collectives of a lockstep, or of a lookahead, over one group.
 
     Ranks at different layers would send different sizes, which gloo answers with an abort or wrong sums. So all
     messages are as long as the group's longest, a commit's, and begin with a fingerprint of what they are about.
     """
 
-    def __init__(self, group: Group, layers: Sequence[NamedLayer]) -> None:
-        self._transport = connect(group, call="lockstep")
+    def __init__(self, group: Group, layers: Sequence[NamedLayer], call: str) -> None:
+        self._call = call
+        self._transport = connect(group, call=call)
         # Equal layers on all ranks make messages of equal size.
         _, self._size = verify_layout(group, self._transport, layers)
         self._agreement = Agreement() if group is None else agreement_of(group)
@@ -63,7 +66,7 @@ class Exchange:
         self._visits += 1
         # Bits add up to the same in any order.
         checksum = 0 if self.is_alone else int(origin.view(torch.int64).sum())
-        return Visit(self._lockstep, self._visits, layer, checksum % 2**64)
+        return Visit(self._call, self._lockstep, self._visits, layer, checksum % 2**64)
 
     def moments(self, visit: Visit, mine: Tensor, count: int) -> Moments:
         """Everyone's moments, from this rank's packed ones. Collective."""
@@ -89,7 +92,7 @@ class Exchange:
     def _reduce(self, visit: Visit, direction: str, values: Tensor) -> Tensor:
         if self.is_alone:
             return values
-        about = Fingerprint.of("lockstep", direction, *visit)
+        about = Fingerprint.of(direction, *visit)
         device = self._transport.choose_device(values.device)
         # A header, the values, and zeros up to the common length.
         message = torch.zeros(self._size, dtype=torch.float64, device=device)

@@ -20,7 +20,7 @@ from syncaccum.errors import LockstepError
 from syncaccum.exact.attendance import Attendance, refuse_unfinished
 from syncaccum.exact.bystanders import Bystanders
 from syncaccum.exact.ddp import Wrappers
-from syncaccum.exact.meeting_point import MeetingPoint, make_arrival
+from syncaccum.exact.meeting_point import MeetingPoint, Normalize, make_arrival, normalize_side_by_side
 from syncaccum.exact.offload import HostStore
 from syncaccum.exact.openmp import Teams
 from syncaccum.exact.parametrizations import SharedWeights
@@ -96,7 +96,47 @@ def lockstep(
         >>> report = syncaccum.commit(model)
     """
     batches = list(micro_batches)
-    _refuse_call(len(batches), offload)
+    refuse_call("lockstep", len(batches), offload)
+    hooks = HostStore().hooks() if offload else nullcontext()
+    with hooks:
+        results, meeting = run_side_by_side(
+            "lockstep", model, forward, batches, normalize_side_by_side, check_layer=_refuse_checkpoint
+        )
+    meeting.keep_statistics()
+    return results
+
+
+def refuse_call(call: str, count: int, offload: str | None) -> None:
+    """Raise where there is nothing to run, or no way to run it here."""
+    if count == 0:
+        raise LockstepError("no micro-batches: a rank without data passes one that is empty (N = 0)")
+    if surroundings.lockstep_here() is not None:
+        raise LockstepError(f"{call} inside lockstep: call it once, with all micro-batches of the window")
+    if surroundings.open_join() is not None:
+        raise LockstepError(f"{call} inside join: give ranks without data an empty micro-batch (N = 0), and no join")
+    if offload not in (None, "cpu"):
+        raise ValueError(f"offload must be None or 'cpu', got {offload!r}")
+
+
+def run_side_by_side(
+    call: str,
+    model: nn.Module,
+    forward: Callable[[T], R],
+    batches: Sequence[T],
+    normalize: Normalize,
+    *,
+    check_layer: Callable[[str], None] = lambda name: None,
+    on_turn: Callable[[int], None] = lambda index: None,
+) -> tuple[list[R], MeetingPoint]:
+    """Run ``forward`` on all micro-batches side by side; what it returned, and where they met. Collective.
+
+    The statistics are at the meeting point, and in no window yet.
+
+    Args:
+        normalize: what to do when all have come to a layer.
+        check_layer: called with a layer's name at each meeting; may raise.
+        on_turn: called with the index of a micro-batch whenever it goes on, in its thread; may raise.
+    """
     wrappers = Wrappers(model, len(batches))
     weights = SharedWeights(model)
     bystanders = Bystanders(model)
@@ -104,15 +144,16 @@ def lockstep(
     teams = Teams(model, len(batches))
 
     def check_surroundings(layer: Accumulating, name: str) -> None:
-        _refuse_checkpoint(name)
+        check_layer(name)
         wrappers.refuse_others(layer)
 
     def begin_turn(index: int) -> None:
         wrappers.begin_turn(index)
         bystanders.begin_turn(index)
+        on_turn(index)
 
     # Micro-batches meet in layers; turns say who runs meanwhile.
-    meeting = MeetingPoint(model, len(batches), check_surroundings)
+    meeting = MeetingPoint(model, len(batches), check_surroundings, normalize, call)
     turns = Turns(len(batches), begin_turn, meeting.check_finish)
     results: list[Any] = [None] * len(batches)
 
@@ -126,8 +167,7 @@ def lockstep(
     try:
         try:
             _enter(settings)
-            with HostStore().hooks() if offload else nullcontext():
-                turns.run(run)
+            turns.run(run)
             wrappers.end()
         finally:
             _leave(settings)
@@ -135,23 +175,11 @@ def lockstep(
         # Again, because a signal may have interrupted the first.
         _leave(settings)
         raise
-    # It ran well. Was it exact? Only then the windows change.
+    # It ran well. Was it exact? Only then the windows may change.
     bystanders.end_turn()
     attendance.check(met=meeting.anyone_met)
     bystanders.tell(len(batches))
-    meeting.keep_statistics()
-    return results
-
-
-def _refuse_call(count: int, offload: str | None) -> None:
-    if count == 0:
-        raise LockstepError("no micro-batches: a rank without data passes one that is empty (N = 0)")
-    if surroundings.lockstep_here() is not None:
-        raise LockstepError("lockstep inside lockstep: call it once, with all micro-batches of the window")
-    if surroundings.open_join() is not None:
-        raise LockstepError("lockstep inside join: give ranks without data an empty micro-batch (N = 0), and no join")
-    if offload not in (None, "cpu"):
-        raise ValueError(f"offload must be None or 'cpu', got {offload!r}")
+    return results, meeting
 
 
 def _enter(settings: Sequence[Setting]) -> None:
@@ -179,7 +207,7 @@ class _Participant:
         self.meeting.arrive(self.index, make_arrival(layer, x, weight, bias, eps, counts))
         self.teams.release()
         self.turns.give_way(self.index)
-        return self.meeting.outputs[self.index]
+        return self.meeting.take_output(self.index)
 
 
 def _refuse_checkpoint(layer: str) -> None:

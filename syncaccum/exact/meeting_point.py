@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from syncaccum.errors import LockstepError
 from syncaccum.exact.exchange import Exchange
 from syncaccum.layer.accumulate import accumulate_together
-from syncaccum.layer.measure import measure, merge
+from syncaccum.layer.measure import Measured, measure, merge
 from syncaccum.layer.memory_order import make_dense, per_channel
-from syncaccum.layer.passes import normalize_together
+from syncaccum.layer.passes import ReduceSums, normalize_together
 from syncaccum.layer.policies import Normalizer
 from syncaccum.layer.state import Accumulating, committed_mean
 from syncaccum.moments import pack_statistics
@@ -33,6 +33,26 @@ class Arrival:
     grad: bool
     counts: bool
 
+    def measure(self) -> Measured:
+        return measure(self.x)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """All micro-batches of this rank at one layer, and what everyone's have in common there."""
+
+    name: str
+    arrivals: Sequence[Arrival]
+    measured: Sequence[Measured]
+    norm: Normalizer
+    """From the moments of all ranks' micro-batches."""
+    reduce_sums: ReduceSums | None
+    """What a backward over all of them sums with; None where this process is alone."""
+
+
+Normalize = Callable[[Meeting], Callable[[int], Tensor]]
+"""What to do at a meeting: gives a function from the index of a micro-batch to its output, to be called once."""
+
 
 class MeetingPoint:
     """The layers of a model, as the micro-batches of this rank come to them one after the other.
@@ -41,19 +61,31 @@ class MeetingPoint:
         model: with the layers.
         size: how many micro-batches.
         check_surroundings: called with a layer and its name at each meeting; raises where it cannot be exact.
+        normalize: called at each meeting.
+        call: what the collectives are for, in messages.
     """
 
-    def __init__(self, model: nn.Module, size: int, check_surroundings: Callable[[Accumulating, str], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        size: int,
+        check_surroundings: Callable[[Accumulating, str], None],
+        normalize: Normalize,
+        call: str,
+    ) -> None:
         self._layers = named_layers(model)
         self._names = {layer: name for name, layer in self._layers}
         self._check_surroundings = check_surroundings
+        self._normalize = normalize
+        self._call = call
         self._size = size
         self._arrivals: list[Arrival] = []
         self._anyone_finished = False
         self._exchanges: dict[Group, Exchange] = {}
-        self._statistics: dict[Accumulating, Tensor] = {}
+        self.statistics: dict[Accumulating, Tensor] = {}
+        """By layer, what all micro-batches of this rank add to its window."""
         self.anyone_met = False
-        self.outputs: Sequence[Tensor] = ()
+        self._take_output: Callable[[int], Tensor] | None = None
 
     def arrive(self, index: int, arrival: Arrival) -> None:
         """A micro-batch has come to a layer. The last one to come computes for all; then collective."""
@@ -68,7 +100,12 @@ class MeetingPoint:
         self._arrivals.append(arrival)
         if len(self._arrivals) == self._size:
             arrivals, self._arrivals = self._arrivals, []
-            self.outputs = self._meet(name, arrivals)
+            self._take_output = self._meet(name, arrivals)
+
+    def take_output(self, index: int) -> Tensor:
+        """What comes out of the last meeting for one micro-batch, on its turn."""
+        assert self._take_output is not None  # it has met the others
+        return self._take_output(index)
 
     def check_finish(self, index: int) -> None:
         """A micro-batch has been through the whole forward."""
@@ -79,14 +116,14 @@ class MeetingPoint:
 
     def keep_statistics(self) -> None:
         """Add what the layers have seen to their windows, now that every micro-batch came through."""
-        accumulate_together(self._statistics)
+        accumulate_together(self.statistics)
 
     def _name(self, layer: Accumulating) -> str:
         if layer not in self._names:
             raise LockstepError(f"{layer} is not part of the model passed to lockstep: pass the module that holds it")
         return self._names[layer]
 
-    def _meet(self, name: str, arrivals: Sequence[Arrival]) -> Sequence[Tensor]:
+    def _meet(self, name: str, arrivals: Sequence[Arrival]) -> Callable[[int], Tensor]:
         first = arrivals[0]
         if len({(a.grad, a.eps, a.counts) for a in arrivals}) > 1:
             raise LockstepError(
@@ -94,9 +131,9 @@ class MeetingPoint:
                 "inside not_counted"
             )
         self.anyone_met = True
-        exchange = self._exchange_of(first.layer)
+        exchange = self.exchange_of(first.layer)
         with torch.no_grad():
-            measured = [measure(a.x) for a in arrivals]
+            measured = [a.measure() for a in arrivals]
             count, mean, variance = merge(measured)
             # With a large mean, sums of squares lose the variance.
             # So all subtract what all ranks have: the running mean.
@@ -106,21 +143,17 @@ class MeetingPoint:
             everyones = exchange.moments(visit, pack_statistics(count, mean - origin, variance), count)
             if first.counts:
                 mine = torch.stack([m.sums() for m in measured]).sum(0)
-                self._statistics[first.layer] = mine + self._statistics.get(first.layer, 0)
+                self.statistics[first.layer] = mine + self.statistics.get(first.layer, 0)
             scale = torch.rsqrt(everyones.variance + first.eps)
             # 1/n of all values: the feedback of the global batch.
             norm = Normalizer(everyones.mean + origin, scale, None, None, 1 / everyones.count)
-        xs = [a.x for a in arrivals]
-        if all(a.weight is first.weight and a.bias is first.bias for a in arrivals):
-            return normalize_together(xs, measured, first.weight, first.bias, norm, exchange.sums_of(visit))
-        # Each has parameters of its own: apply them one by one.
-        plain = normalize_together(xs, measured, None, None, norm, exchange.sums_of(visit))
-        return [_apply_parameters(y, a) for y, a in zip(plain, arrivals, strict=True)]
+        return self._normalize(Meeting(name, arrivals, measured, norm, exchange.sums_of(visit)))
 
-    def _exchange_of(self, layer: Accumulating) -> Exchange:
+    def exchange_of(self, layer: Accumulating) -> Exchange:
+        """The collectives of this call over a layer's group."""
         group = resolve_group(layer._accumulation.handle.group)
         if group not in self._exchanges:
-            self._exchanges[group] = Exchange(group, self._layers)
+            self._exchanges[group] = Exchange(group, self._layers, self._call)
         return self._exchanges[group]
 
 
@@ -129,6 +162,18 @@ def make_arrival(
 ) -> Arrival:
     """An arrival. Made in the thread of its micro-batch, which alone knows whether gradients are wanted."""
     return Arrival(layer, make_dense(x), weight, bias, eps, torch.is_grad_enabled(), counts)
+
+
+def normalize_side_by_side(meeting: Meeting) -> Callable[[int], Tensor]:
+    """One autograd node for all micro-batches of the rank, whose backward takes their sums together."""
+    arrivals, first = meeting.arrivals, meeting.arrivals[0]
+    xs = [a.x for a in arrivals]
+    if all(a.weight is first.weight and a.bias is first.bias for a in arrivals):
+        together = xs, meeting.measured, first.weight, first.bias, meeting.norm, meeting.reduce_sums
+        return normalize_together(*together).__getitem__
+    # Each has parameters of its own: apply them one by one.
+    plain = normalize_together(xs, meeting.measured, None, None, meeting.norm, meeting.reduce_sums)
+    return [_apply_parameters(y, a) for y, a in zip(plain, arrivals, strict=True)].__getitem__
 
 
 def _apply_parameters(y: Tensor, arrival: Arrival) -> Tensor:
