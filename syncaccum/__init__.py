@@ -9,6 +9,7 @@ from syncaccum.errors import (
     TooFewValuesError,
 )
 from syncaccum.exact.lockstep import lockstep
+from syncaccum.exact.lookahead import lookahead
 from syncaccum.layer.batchnorm import SyncAccumBatchNorm
 from syncaccum.layer.convert import AccumulateBatchNorm, convert_sync_accum, revert_sync_accum
 from syncaccum.moments import Moments
@@ -38,6 +39,7 @@ __all__ = [
     "join",
     "load_window_state_dict",
     "lockstep",
+    "lookahead",
     "not_counted",
     "recalibrate",
     "revert_sync_accum",

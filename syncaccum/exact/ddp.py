@@ -61,6 +61,11 @@ class Wrappers:
         for wrapper in self._inside:
             wrapper.set_flags(first=index == 0, last=index == self._count - 1)
 
+    def go_alone(self, *, last: bool) -> None:
+        """A micro-batch runs on its own, after a first pass in which buffers were broadcast."""
+        for wrapper in self._inside:
+            wrapper.set_flags(first=False, last=last)
+
     def end(self) -> None:
         """All micro-batches came through."""
         for wrapper in self._inside:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from syncaccum.errors import LockstepError, TooFewValuesError
+from syncaccum.errors import CommitError, LockstepError, TooFewValuesError
 from syncaccum.layer.passes import ReduceSums
 from syncaccum.moments import Moments
 from syncaccum.ranks.agreement import HEADER, Agreement, Fingerprint, agreement_of
@@ -89,19 +90,49 @@ class Exchange:
 
         return reduce_sums
 
+    def gather_numbers(self, about: str, mine: int) -> list[int]:
+        """A number of every rank, in rank order. Collective."""
+        size = self._transport.size
+        numbers = torch.zeros(size, dtype=torch.float64)
+        numbers[self._transport.rank] = mine
+        visit = Visit(self._call, self._lockstep, 0, about, 0)
+        # No message is longer than the group's.
+        parts = [self._reduce(visit, "start", part) for part in torch.split(numbers, self._size - HEADER)]
+        return [int(number) for number in torch.cat(parts).tolist()]
+
+    def start_round(self, number: int, values: Tensor) -> Callable[[], Tensor]:
+        """Begin to add up the float64 values of all ranks; what is returned waits for the sums. Collective."""
+        visit = Visit(self._call, self._lockstep, number, f"round {number}", 0)
+        waits = [self._start(visit, "backward", part) for part in torch.split(values, self._size - HEADER)]
+        return lambda: torch.cat([wait() for wait in waits])
+
+    def give_up(self, number: int) -> None:
+        """Tell peers, who are in a round or will be, that this rank does not go on. Collective, with their rounds."""
+        visit = Visit(self._call, self._lockstep, number, "given up", 0)
+        with suppress(LockstepError, CommitError):  # this rank has an error of its own, or none
+            self._reduce(visit, "backward", torch.zeros(0, dtype=torch.float64))
+
     def _reduce(self, visit: Visit, direction: str, values: Tensor) -> Tensor:
+        return self._start(visit, direction, values)()
+
+    def _start(self, visit: Visit, direction: str, values: Tensor) -> Callable[[], Tensor]:
         if self.is_alone:
-            return values
+            return lambda: values
         about = Fingerprint.of(direction, *visit)
         device = self._transport.choose_device(values.device)
         # A header, the values, and zeros up to the common length.
         message = torch.zeros(self._size, dtype=torch.float64, device=device)
         message[:HEADER] = torch.tensor(about.header(), dtype=torch.float64)
         message[HEADER : HEADER + values.numel()] = values
-        self._transport.all_reduce(message)
-        if not about.agrees(message[:HEADER].tolist(), self._transport.size):
-            self._raise_at_odds(visit.describe(direction))
-        return message[HEADER : HEADER + values.numel()].to(values.device)
+        wait_for_sums = self._transport.start_all_reduce(message)
+
+        def wait() -> Tensor:
+            wait_for_sums()
+            if not about.agrees(message[:HEADER].tolist(), self._transport.size):
+                self._raise_at_odds(visit.describe(direction))
+            return message[HEADER : HEADER + values.numel()].to(values.device)
+
+        return wait
 
     def _raise_at_odds(self, here: list[str]) -> NoReturn:
         """Name where each rank is. Collective."""

@@ -20,11 +20,11 @@ from syncaccum.errors import LockstepError
 from syncaccum.exact.attendance import Attendance, refuse_unfinished
 from syncaccum.exact.bystanders import Bystanders
 from syncaccum.exact.ddp import Wrappers
-from syncaccum.exact.meeting_point import MeetingPoint, Normalize, make_arrival, normalize_side_by_side
+from syncaccum.exact.meeting_point import MeetingPoint, Mode, make_arrival, normalize_side_by_side
 from syncaccum.exact.offload import HostStore
 from syncaccum.exact.openmp import Teams
 from syncaccum.exact.parametrizations import SharedWeights
-from syncaccum.exact.process_state import Eager, Setting
+from syncaccum.exact.process_state import Eager, Setting, enter_all, leave_all
 from syncaccum.exact.turns import Turns
 from syncaccum.layer import surroundings
 from syncaccum.layer.state import Accumulating
@@ -97,11 +97,8 @@ def lockstep(
     """
     batches = list(micro_batches)
     refuse_call("lockstep", len(batches), offload)
-    hooks = HostStore().hooks() if offload else nullcontext()
-    with hooks:
-        results, meeting = run_side_by_side(
-            "lockstep", model, forward, batches, normalize_side_by_side, check_layer=_refuse_checkpoint
-        )
+    with HostStore().hooks() if offload else nullcontext():
+        results, meeting = run_side_by_side(_LOCKSTEP, model, forward, batches)
     meeting.keep_statistics()
     return results
 
@@ -119,23 +116,11 @@ def refuse_call(call: str, count: int, offload: str | None) -> None:
 
 
 def run_side_by_side(
-    call: str,
-    model: nn.Module,
-    forward: Callable[[T], R],
-    batches: Sequence[T],
-    normalize: Normalize,
-    *,
-    check_layer: Callable[[str], None] = lambda name: None,
-    on_turn: Callable[[int], None] = lambda index: None,
+    mode: Mode, model: nn.Module, forward: Callable[[T], R], batches: Sequence[T]
 ) -> tuple[list[R], MeetingPoint]:
     """Run ``forward`` on all micro-batches side by side; what it returned, and where they met. Collective.
 
     The statistics are at the meeting point, and in no window yet.
-
-    Args:
-        normalize: what to do when all have come to a layer.
-        check_layer: called with a layer's name at each meeting; may raise.
-        on_turn: called with the index of a micro-batch whenever it goes on, in its thread; may raise.
     """
     wrappers = Wrappers(model, len(batches))
     weights = SharedWeights(model)
@@ -144,21 +129,21 @@ def run_side_by_side(
     teams = Teams(model, len(batches))
 
     def check_surroundings(layer: Accumulating, name: str) -> None:
-        check_layer(name)
+        mode.check_layer(name)
         wrappers.refuse_others(layer)
 
     def begin_turn(index: int) -> None:
         wrappers.begin_turn(index)
         bystanders.begin_turn(index)
-        on_turn(index)
+        mode.begin_turn(index)
 
     # Micro-batches meet in layers; turns say who runs meanwhile.
-    meeting = MeetingPoint(model, len(batches), check_surroundings, normalize, call)
+    meeting = MeetingPoint(model, len(batches), check_surroundings, mode)
     turns = Turns(len(batches), begin_turn, meeting.check_finish)
     results: list[Any] = [None] * len(batches)
 
     def run(index: int) -> None:
-        with surroundings.taking_part(_Participant(index, meeting, turns, teams)), weights.for_one():
+        with surroundings.taking_part(_Participant(index, mode, meeting, turns, teams)), weights.for_one():
             results[index] = refuse_unfinished(forward(batches[index]))
         teams.release()
 
@@ -166,14 +151,14 @@ def run_side_by_side(
     settings: list[Setting] = [teams, Eager(), weights, attendance, wrappers]
     try:
         try:
-            _enter(settings)
+            enter_all(settings)
             turns.run(run)
             wrappers.end()
         finally:
-            _leave(settings)
+            leave_all(settings)
     except BaseException:
         # Again, because a signal may have interrupted the first.
-        _leave(settings)
+        leave_all(settings)
         raise
     # It ran well. Was it exact? Only then the windows may change.
     bystanders.end_turn()
@@ -182,21 +167,12 @@ def run_side_by_side(
     return results, meeting
 
 
-def _enter(settings: Sequence[Setting]) -> None:
-    for setting in settings:
-        setting.enter()
-
-
-def _leave(settings: Sequence[Setting]) -> None:
-    for setting in reversed(settings):
-        setting.leave()
-
-
 @dataclass(frozen=True)
 class _Participant:
     """One micro-batch, as its layers see it."""
 
     index: int
+    mode: Mode
     meeting: MeetingPoint
     turns: Turns
     teams: Teams
@@ -204,7 +180,7 @@ class _Participant:
     def normalize(
         self, layer: Accumulating, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, counts: bool
     ) -> Tensor:
-        self.meeting.arrive(self.index, make_arrival(layer, x, weight, bias, eps, counts))
+        self.meeting.arrive(self.index, self.mode.make_arrival(layer, x, weight, bias, eps, counts))
         self.teams.release()
         self.turns.give_way(self.index)
         return self.meeting.take_output(self.index)
@@ -220,3 +196,6 @@ def _refuse_checkpoint(layer: str) -> None:
                 f"layer {layer} runs under torch.utils.checkpoint, whose second forward would meet nobody: "
                 "switch checkpointing off inside lockstep, or use offload='cpu' to save memory"
             )
+
+
+_LOCKSTEP = Mode("lockstep", normalize_side_by_side, make_arrival, _refuse_checkpoint, lambda index: None)

@@ -32,9 +32,8 @@ class Arrival:
     eps: float
     grad: bool
     counts: bool
-
-    def measure(self) -> Measured:
-        return measure(self.x)
+    measured: Measured | None = None
+    """Mean and variance, where they were measured on arrival."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,8 @@ class Meeting:
     name: str
     arrivals: Sequence[Arrival]
     measured: Sequence[Measured]
+    count: Tensor
+    """Values per channel of all ranks; a scalar."""
     norm: Normalizer
     """From the moments of all ranks' micro-batches."""
     reduce_sums: ReduceSums | None
@@ -54,6 +55,25 @@ Normalize = Callable[[Meeting], Callable[[int], Tensor]]
 """What to do at a meeting: gives a function from the index of a micro-batch to its output, to be called once."""
 
 
+@dataclass(frozen=True)
+class Mode:
+    """What tells one call apart from another in which micro-batches meet.
+
+    Args:
+        call: its name, for messages.
+        normalize: what to do at a meeting.
+        make_arrival: of layer, x, weight, bias, eps and whether it counts; called in the micro-batch's thread.
+        check_layer: called with a layer's name at each meeting; may raise.
+        begin_turn: called with the index of a micro-batch whenever it goes on, in its thread; may raise.
+    """
+
+    call: str
+    normalize: Normalize
+    make_arrival: Callable[[Accumulating, Tensor, Tensor | None, Tensor | None, float, bool], Arrival]
+    check_layer: Callable[[str], None]
+    begin_turn: Callable[[int], None]
+
+
 class MeetingPoint:
     """The layers of a model, as the micro-batches of this rank come to them one after the other.
 
@@ -61,8 +81,7 @@ class MeetingPoint:
         model: with the layers.
         size: how many micro-batches.
         check_surroundings: called with a layer and its name at each meeting; raises where it cannot be exact.
-        normalize: called at each meeting.
-        call: what the collectives are for, in messages.
+        mode: what they meet for.
     """
 
     def __init__(
@@ -70,14 +89,12 @@ class MeetingPoint:
         model: nn.Module,
         size: int,
         check_surroundings: Callable[[Accumulating, str], None],
-        normalize: Normalize,
-        call: str,
+        mode: Mode,
     ) -> None:
         self._layers = named_layers(model)
         self._names = {layer: name for name, layer in self._layers}
         self._check_surroundings = check_surroundings
-        self._normalize = normalize
-        self._call = call
+        self._mode = mode
         self._size = size
         self._arrivals: list[Arrival] = []
         self._anyone_finished = False
@@ -133,7 +150,7 @@ class MeetingPoint:
         self.anyone_met = True
         exchange = self.exchange_of(first.layer)
         with torch.no_grad():
-            measured = [a.measure() for a in arrivals]
+            measured = [a.measured or measure(a.x) for a in arrivals]
             count, mean, variance = merge(measured)
             # With a large mean, sums of squares lose the variance.
             # So all subtract what all ranks have: the running mean.
@@ -147,13 +164,13 @@ class MeetingPoint:
             scale = torch.rsqrt(everyones.variance + first.eps)
             # 1/n of all values: the feedback of the global batch.
             norm = Normalizer(everyones.mean + origin, scale, None, None, 1 / everyones.count)
-        return self._normalize(Meeting(name, arrivals, measured, norm, exchange.sums_of(visit)))
+        return self._mode.normalize(Meeting(name, arrivals, measured, everyones.count, norm, exchange.sums_of(visit)))
 
     def exchange_of(self, layer: Accumulating) -> Exchange:
         """The collectives of this call over a layer's group."""
         group = resolve_group(layer._accumulation.handle.group)
         if group not in self._exchanges:
-            self._exchanges[group] = Exchange(group, self._layers, self._call)
+            self._exchanges[group] = Exchange(group, self._layers, self._mode.call)
         return self._exchanges[group]
 
 

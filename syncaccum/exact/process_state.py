@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -22,6 +22,18 @@ class Setting(Protocol):
 
     def leave(self) -> None:
         """Take it back. May be called twice, or where `enter` did not come to its end."""
+
+
+def enter_all(settings: Sequence[Setting]) -> None:
+    """Set each, in order."""
+    for setting in settings:
+        setting.enter()
+
+
+def leave_all(settings: Sequence[Setting]) -> None:
+    """Take each back, in the opposite order."""
+    for setting in reversed(settings):
+        setting.leave()
 
 
 class SharedSetting:

@@ -32,4 +32,10 @@ def feedback_per_value(debt: Tensor, expected: Tensor, n: float, done: float, to
     """
     # A window may be longer than expected: nothing is to come then.
     to_come = max(total - done - n, 0.0)
-    return torch.add(debt, expected, alpha=to_come) / max(total - done, _FLOOR * total, n)
+    return spread(torch.add(debt, expected, alpha=to_come), n, done, total)
+
+
+def spread(debt: Tensor, n: float, done: float, total: float) -> Tensor:
+    """What each of n values pays, where those from ``done`` to ``total`` are to pay all of the debt."""
+    # n: all of it, where a window is longer than expected.
+    return debt / max(total - done, _FLOOR * total, n)

@@ -147,7 +147,7 @@ class SyncAccumBatchNorm(Accumulating):
         # Without running statistics, eval uses the batch's, too.
         counts = self.training and tracks(self)
         uses_batch = self.training or self.running_mean is None
-        if counts or (uses_batch and in_lockstep()):
+        if counts or (uses_batch and is_together(self)):
             return normalize_and_accumulate(self, input, self.weight, self.bias, self.eps, counts=counts)
         # A warning would break a compiled graph in two.
         if not torch.compiler.is_compiling():
@@ -164,12 +164,12 @@ class SyncAccumBatchNorm(Accumulating):
             raise ValueError(f"expected 2D to 5D input (got {input.dim()}D input), in {self}")
 
 
-def in_lockstep() -> bool:
-    """Whether this forward is part of a lockstep. Then it meets others, even without running statistics.
+def is_together(layer: Accumulating) -> bool:
+    """Whether this forward is part of a lockstep or a lookahead: of a window, even without running statistics.
 
-    Never in compiled code: lockstep makes compiled models run as they were written.
+    Never in compiled code: they make compiled models run as they were written.
     """
-    return not torch.compiler.is_compiling() and surroundings.lockstep_here() is not None
+    return not torch.compiler.is_compiling() and surroundings.participant_for(layer) is not None
 
 
 def normalize_and_accumulate(
@@ -185,7 +185,7 @@ def normalize_and_accumulate(
     if not torch.compiler.is_compiling():
         # Not to be traced: these ask the process and the thread.
         surroundings.refuse_ddps_own_join()
-        if (participant := surroundings.lockstep_here()) is not None:
+        if (participant := surroundings.participant_for(layer)) is not None:
             return participant.normalize(layer, input, weight, bias, eps, counts=counts)
         note_forward(layer)
     # numel / C: how many values each channel has.

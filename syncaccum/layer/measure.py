@@ -72,6 +72,20 @@ def merge(parts: Sequence[Measured]) -> tuple[int, Tensor, Tensor]:
     return n, start + step, ((variances + (delta - step).square()) * shares).sum(0)
 
 
+def measured_before(x: Tensor, mean: Tensor, variance: Tensor, *, is_far: bool) -> Measured:
+    """A dense micro-batch of which a first pass has found the statistics, or those that it is to be normalised with.
+
+    Args:
+        is_far: whether that pass subtracted an origin, because the mean is large. Then it is done here, too.
+    """
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    n = x.numel() // x.shape[1]
+    if not is_far:
+        return Measured(values, None, n, mean, variance)
+    origin = mean.to(values.dtype)
+    return Measured(values - per_channel(origin, x), origin.to(torch.float64), n, mean, variance)
+
+
 def measure(x: Tensor) -> Measured:
     """First pass: mean and variance of a dense micro-batch.
 

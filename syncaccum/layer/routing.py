@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from syncaccum.errors import LockstepError
 from syncaccum.layer import surroundings
-from syncaccum.layer.batchnorm import in_lockstep, normalize_and_accumulate
+from syncaccum.layer.batchnorm import is_together, normalize_and_accumulate
 from syncaccum.layer.notices import note_uncounted_forward
 from syncaccum.layer.state import Accumulating, tracks
 from syncaccum.torch_private import BatchNormBase, buffers_of
@@ -124,7 +124,7 @@ class _Route(TorchFunctionMode):
         if of_layer and not of_batch:
             return True
         # Statistics of the batch: lockstep makes them the global batch's.
-        return of_batch and in_lockstep()
+        return of_batch and is_together(self._layer)
 
 
 class _Counter:

@@ -7,7 +7,8 @@ and `join` leave a note here while they run, and layers and commits read it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from syncaccum.errors import CommitError
 from syncaccum.layer.state import Accumulating
-from syncaccum.torch_private import ddp_in_forward, join_settings
+from syncaccum.torch_private import ddp_in_forward, join_settings, runs_in_backward
 
 
 class Participant(Protocol):
@@ -58,6 +59,26 @@ _here = threading.local()
 def lockstep_here() -> Participant | None:
     """The micro-batch of a lockstep that this thread runs; None outside of lockstep."""
     return getattr(_here, "participant", None)
+
+
+# By layer: a checkpoint's second forward comes in the backward,
+# outside of what the user's code called, and maybe in a thread of torch.
+_recomputed: weakref.WeakKeyDictionary[Accumulating, weakref.ref[Participant]] = weakref.WeakKeyDictionary()
+
+
+def participant_for(layer: Accumulating) -> Participant | None:
+    """Who normalises for a layer, here and now; None for the layer itself."""
+    if not runs_in_backward():
+        return lockstep_here()
+    # A second forward: who did it in the first?
+    participant = _recomputed.get(layer)
+    return None if participant is None else participant()
+
+
+def recompute_by(layers: Iterable[Accumulating], participant: Participant) -> None:
+    """Let a participant normalise in second forwards, too, for as long as anything holds it."""
+    for layer in layers:
+        _recomputed[layer] = weakref.ref(participant)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +50,11 @@ class MPITransport:
                 self._wait(self._comm.Ibarrier(), flat)
         except mpi.Exception as error:
             raise lost_peer(self) from error
+
+    def start_all_reduce(self, flat: Tensor) -> Callable[[], None]:
+        # At once: most MPIs go on in their own calls only.
+        self.all_reduce(flat)
+        return lambda: None
 
     def _wait(self, request: Any, memory: Tensor) -> None:
         assert self._remaining is not None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -45,7 +46,7 @@ class TorchTransport:
         return dict(pair.split(":") for pair in dist.get_backend_config(self._group).split(","))
 
     def all_reduce(self, flat: Tensor) -> None:
-        try:
+        with self._hanging_up(flat):
             if self._remaining is None:
                 dist.all_reduce(flat, group=self._group)
             else:
@@ -54,8 +55,23 @@ class TorchTransport:
                 options = dist.AllreduceOptions()
                 options.timeout = timedelta(seconds=self._remaining())
                 self._group.allreduce([flat], options).wait()
+
+    def start_all_reduce(self, flat: Tensor) -> Callable[[], None]:
+        with self._hanging_up(flat):
+            work = dist.all_reduce(flat, group=self._group, async_op=True)
+
+        def wait() -> None:
+            with self._hanging_up(flat):
+                work.wait()
+
+        return wait
+
+    @contextmanager
+    def _hanging_up(self, flat: Tensor) -> Iterator[None]:
+        """Make a failure ours, and let peers learn of it: they may wait for this rank, not for the lost one."""
+        try:
+            yield
         except RuntimeError as error:
-            # Peers may wait for this rank, and not for the lost one.
             self._hang_up(flat.device.type)
             raise lost_peer(self) from error
 

@@ -29,6 +29,9 @@ class Transport(Protocol):
     def all_reduce(self, flat: Tensor) -> None:
         """Sum a float64 tensor over the group, in place. Collective."""
 
+    def start_all_reduce(self, flat: Tensor) -> Callable[[], None]:
+        """Begin to; what is returned waits for the end. Collective."""
+
 
 class Alone:
     """A group of this process only. Its sums are this rank's own."""
@@ -42,6 +45,9 @@ class Alone:
 
     def all_reduce(self, flat: Tensor) -> None:
         return
+
+    def start_all_reduce(self, flat: Tensor) -> Callable[[], None]:
+        return lambda: None
 
 
 def count_down(timeout: float | None) -> Callable[[], float] | None:

@@ -1,0 +1,104 @@
+"""What the first pass of a lookahead found, and how the second normalises with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from syncaccum.exact.meeting_point import Arrival, Meeting, make_arrival
+from syncaccum.layer.measure import measure, measured_before
+from syncaccum.layer.memory_order import make_dense
+from syncaccum.layer.passes import ReduceSums, normalize_together
+from syncaccum.layer.policies import Normalizer
+from syncaccum.layer.state import Accumulating
+
+# As many values of a micro-batch as tell it from another one.
+_SAMPLES = 8
+# Of the largest of them. Equal numbers come out equal, mostly:
+# a kernel may be another one where gradients are wanted.
+# bfloat16 has steps of 1/128, and a few add up.
+# Another dropout mask differs by 1.
+_MOST = 0.1
+
+
+@dataclass(frozen=True)
+class KnownVisit:
+    """One time that every micro-batch comes to a layer."""
+
+    layer: Accumulating
+    name: str
+    norm: Normalizer
+    """From the moments of all ranks' micro-batches. ``feedback`` is 1: books say what each value pays."""
+    is_far: bool
+    """Whether the mean is so large that values are taken less it."""
+    total: Tensor
+    """Values per channel in all of them, on all ranks; a scalar."""
+    counts: Sequence[int]
+    """Values per channel in each of this rank's."""
+    samples: Sequence[Tensor]
+    """A few values of each of this rank's, to know them again by."""
+
+    def normalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, pay: ReduceSums | None = None) -> Tensor:
+        """The output of one micro-batch. ``pay`` turns its two sums of the backward into what each value pays."""
+        x = make_dense(x)
+        mean = self.norm.center
+        (y,) = normalize_together(
+            [x], [measured_before(x, mean, mean, is_far=self.is_far)], weight, bias, self.norm, pay
+        )
+        return y
+
+
+class Record:
+    """The visits of a first pass, in order. It normalises each micro-batch on its own turn: one output at a time."""
+
+    def __init__(self) -> None:
+        self.visits: list[KnownVisit] = []
+
+    def note(self, meeting: Meeting) -> Callable[[int], Tensor]:
+        """What to do at a meeting."""
+        arrivals = list[Arrival | None](meeting.arrivals)
+        visit = KnownVisit(
+            meeting.arrivals[0].layer,
+            meeting.name,
+            meeting.norm._replace(feedback=1.0),
+            any(m.origin is not None for m in meeting.measured),
+            meeting.count,
+            [m.n for m in meeting.measured],
+            [take_sample(a.x) for a in meeting.arrivals],
+        )
+        self.visits.append(visit)
+
+        def take(index: int) -> Tensor:
+            # Not kept: its memory is needed for the output.
+            arrival, arrivals[index] = arrivals[index], None
+            assert arrival is not None  # each is taken once
+            return visit.normalize(arrival.x, arrival.weight, arrival.bias)
+
+        return take
+
+
+def arrive_sparingly(
+    layer: Accumulating, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, counts: bool
+) -> Arrival:
+    """An arrival of a first pass. It keeps x alone, and no float32 copy of it: all micro-batches wait with theirs."""
+    arrival = make_arrival(layer, x, weight, bias, eps, counts)
+    return replace(arrival, measured=measure(arrival.x)._replace(values=arrival.x))
+
+
+def take_sample(x: Tensor) -> Tensor:
+    """A few values from all over a dense tensor."""
+    step = max(1, x.numel() // _SAMPLES)
+    return x.detach().as_strided((min(_SAMPLES, x.numel()),), (step,)).to(torch.float32, copy=True)
+
+
+def distance(x: Tensor, sample: Tensor) -> Tensor:
+    """How far a micro-batch is from one that a sample was taken of: beyond 1 it is another one. A scalar."""
+    now = take_sample(x)
+    if now.numel() != sample.numel():
+        return torch.full((), torch.inf, device=x.device)
+    if now.numel() == 0:
+        return torch.zeros((), device=x.device)
+    return (now - sample).abs().max() / (_MOST * torch.maximum(sample.abs().max(), now.abs().max()) + 1e-30)

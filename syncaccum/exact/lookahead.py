@@ -1,0 +1,166 @@
+"""lookahead: the global batch's statistics, in the memory of one micro-batch.
+
+A first pass takes all micro-batches forward side by side, as lockstep does, but keeps nothing for a backward. It finds
+the statistics. In the second pass each goes forward and backward on its own, and `books` says what feedback it pays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from syncaccum.exact.attendance import refuse_unfinished
+from syncaccum.exact.ddp import Wrappers
+from syncaccum.exact.known import Record, arrive_sparingly
+from syncaccum.exact.lockstep import refuse_call, run_side_by_side
+from syncaccum.exact.meeting_point import MeetingPoint, Mode
+from syncaccum.exact.module_states import ModuleStates
+from syncaccum.exact.process_state import Eager, Setting, enter_all, leave_all
+from syncaccum.exact.second_pass import SecondPass
+from syncaccum.exact.streams import Streams
+from syncaccum.layer import surroundings
+from syncaccum.torch_private import version_of
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def lookahead(model: nn.Module, forward: Callable[[T], R], micro_batches: Iterable[T]) -> Iterator[R]:
+    r"""Yield ``forward``'s result for each micro-batch, every BatchNorm normalising with the whole global batch.
+
+    The forward is exact: statistics, outputs and losses are those of one forward on ``torch.cat`` of the micro-batches
+    of all ranks with nn.BatchNorm, up to rounding. The gradient is not, but close: nn.BatchNorm's
+
+    .. math:: \frac{\partial L}{\partial x} = \frac{\gamma}{\sqrt{v + \epsilon}} \bigl(dy - A - \hat x B\bigr)
+
+    has the means A and B of dy and :math:`dy\,\hat x` over the global batch. A micro-batch's own backward cannot know them.
+    Here each pays what the window owes so far, spread over the values still to come (*balanced feedback*), so that in
+    total the window gets what it owes. Memory is that of one micro-batch's activations, and in the first pass one input
+    of one layer for each micro-batch. Time is one more forward.
+
+    Collective: every rank calls it, with at least one micro-batch, which may be empty (N = 0); numbers and sizes may
+    differ between ranks. Each layer communicates once, in the first ``next()``. Then there is one message for each
+    micro-batch, which is on its way during the next one's forward. The last is sent when the iterator ends.
+    Statistics go to the windows in the first ``next()``: ``commit`` stays what closes them.
+
+    Args:
+        model: what ``forward`` calls, with SyncAccumBatchNorm layers (their policy does not matter here). Pass the
+            DistributedDataParallel wrapper if there is one: buffers are broadcast once, gradients are reduced in the
+            last micro-batch's backward. ``no_sync()`` is not needed.
+        forward: called twice with each micro-batch, first under ``no_grad``. Must do the same both times. Random
+            numbers are the same in both: those of torch, Python and NumPy, and of generators that are attributes of
+            modules. Buffers and attributes of other modules are put back after the first pass.
+        micro_batches: this rank's part of the window.
+
+    Yields:
+        What ``forward`` returns for each micro-batch, in order, to be walked backward before the next is taken.
+
+    Raises:
+        LockstepError: no micro-batches; inside lockstep or ``join``; a result that was not walked backward before the
+            next was taken; layers that differ between micro-batches, ranks or passes; a forward whose values differ
+            between passes, when the iterator ends; a peer that gave up.
+        TooFewValuesError: one value per channel in the whole global batch; a ValueError.
+        NoLayersError: the model has no SyncAccumBatchNorm.
+        CommitError: a peer is gone or stuck, at the group's timeout.
+        Whatever ``forward`` raises. An iterator that is left before its last result was walked puts the windows
+            back as they were.
+
+    Source: ours; Chiley et al. 2019 (arXiv:1905.05894) take errors of the feedback back from later samples, too.
+
+    Note:
+        Compiled models run as they were written: a compiled graph has no place to wait in. ``torch.utils.checkpoint``
+        works as ever.
+
+    Example::
+
+        >>> model = syncaccum.convert_sync_accum(model)
+        >>> examples = sum(len(y) for _, y in micro_batches)
+        >>> forward = lambda batch: loss_fn(model(batch[0]), batch[1], reduction="sum") / examples
+        >>> for loss in lookahead(model, forward, micro_batches):
+        ...     loss.backward()
+        >>> optimizer.step()
+        >>> report = syncaccum.commit(model)
+    """
+    batches = list(micro_batches)
+    refuse_call("lookahead", len(batches), None)
+    return _walk(model, forward, batches)
+
+
+def _walk(model: nn.Module, forward: Callable[[T], R], batches: Sequence[T]) -> Iterator[R]:
+    streams, states, record = Streams(model, len(batches)), ModuleStates(model), Record()
+    mode = Mode("lookahead", record.note, arrive_sparingly, lambda name: None, streams.begin_turn)
+    try:
+        with torch.no_grad():
+            _, meeting = run_side_by_side(mode, model, forward, batches)
+    finally:
+        streams.leave()
+        states.restore()
+    # Weights cast under no_grad would have no gradient.
+    torch.clear_autocast_cache()
+    second = SecondPass(record.visits, len(batches), meeting.exchange_of)
+    surroundings.recompute_by(meeting.statistics, second)
+    windows = _Windows(meeting)
+    try:
+        for index, batch in enumerate(batches):
+            second.check_walked()
+            second.begin(index)
+            result = _run_alone(model, forward, batch, second, streams, states)
+            second.end_forward()
+            yield result
+            # Gone before the next one needs memory.
+            del result
+    except BaseException as error:
+        # The user's loop was left. After the last result, all is well.
+        if isinstance(error, GeneratorExit) and second.is_complete:
+            second.end()
+        else:
+            windows.take_back()
+            second.give_up()
+        raise
+    second.end()
+
+
+def _run_alone(
+    model: nn.Module, forward: Callable[[T], R], batch: T, second: SecondPass, streams: Streams, states: ModuleStates
+) -> R:
+    """One micro-batch's forward in the second pass."""
+    wrappers = Wrappers(model, 1)
+    settings: list[Setting] = [Eager(), wrappers, streams]
+    try:
+        try:
+            enter_all(settings)
+            wrappers.go_alone(last=second.is_last)
+            streams.begin_turn(second.index)
+            states.restore_parametrizations()
+            with surroundings.taking_part(second):
+                return refuse_unfinished(forward(batch))
+        finally:
+            leave_all(settings)
+    except BaseException:
+        # Again, because a signal may have interrupted the first.
+        leave_all(settings)
+        raise
+
+
+class _Windows:
+    """The windows before and after the first pass has added its statistics, and the way back."""
+
+    def __init__(self, meeting: MeetingPoint) -> None:
+        states = [layer._accumulation for layer in meeting.statistics]
+        before = [(state.window.clone(), {name: getattr(state, name) for name in _COUNTED}) for state in states]
+        meeting.keep_statistics()
+        self._all = [(s, s.window, version_of(s.window), *b) for s, b in zip(states, before, strict=True)]
+
+    def take_back(self) -> None:
+        """Put them back, unless there was a commit or another forward since."""
+        for state, window, version, values, counted in self._all:
+            if state.window is window and version_of(window) == version and window.shape == values.shape:
+                window.copy_(values)
+                vars(state).update(counted)
+
+
+_COUNTED = ("is_open", "micro_batches", "locksteps")
+"""What a layer knows of its window, besides the sums."""

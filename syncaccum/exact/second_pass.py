@@ -1,0 +1,225 @@
+"""The second pass of a lookahead: each micro-batch goes forward and backward on its own, with known statistics."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from syncaccum.errors import LockstepError
+from syncaccum.exact.books import Account
+from syncaccum.exact.exchange import Exchange
+from syncaccum.exact.known import KnownVisit, distance
+from syncaccum.layer.state import Accumulating
+from syncaccum.torch_private import runs_in_backward
+
+_means: weakref.WeakKeyDictionary[Accumulating, list[Tensor]] = weakref.WeakKeyDictionary()
+"""By layer, the last window's means of dy and dy x_hat at each visit: what the next one expects."""
+
+
+class SecondPass:
+    """The micro-batch that runs, as layers see it; and what each has paid.
+
+    Args:
+        visits: of the first pass, in order.
+        count: of this rank's micro-batches.
+        exchange_of: the collectives over a layer's group.
+    """
+
+    def __init__(
+        self, visits: Sequence[KnownVisit], count: int, exchange_of: Callable[[Accumulating], Exchange]
+    ) -> None:
+        self._visits = visits
+        self._count = count
+        totals = torch.stack([visit.total for visit in visits]).tolist() if visits else []
+        self._accounts = [
+            Account(visit, total, expected)
+            for visit, total, expected in zip(visits, totals, _expected_at(visits), strict=True)
+        ]
+        groups: dict[Exchange, list[Account]] = {}
+        for visit, account in zip(visits, self._accounts, strict=True):
+            groups.setdefault(exchange_of(visit.layer), []).append(account)
+        self._rounds = [Rounds(exchange, accounts, count) for exchange, accounts in groups.items()]
+        self.index = 0
+        """Of the micro-batch that runs."""
+        self._position = 0
+        self._wanted = self._walked = 0
+        self._drift = [visit.total.new_zeros(()) for visit in visits]
+
+    def begin(self, index: int) -> None:
+        """A micro-batch starts. Collective, in the background: its round's predecessor is sent."""
+        if index == 0:
+            for rounds in self._rounds:
+                rounds.sit_out()
+        else:
+            for rounds in self._rounds:
+                rounds.start(self.index)
+        self.index, self._position = index, 0
+        self._wanted = self._walked = 0
+
+    def end_forward(self) -> None:
+        """It came through the forward. Collective: waits for what `begin` has sent."""
+        if self._position < len(self._visits):
+            raise LockstepError(
+                f"micro-batch {self.index} has finished without layer {self._visits[self._position].name}, to which it "
+                f"came in the first pass: {_SAME}"
+            )
+        for rounds in self._rounds:
+            rounds.finish()
+
+    def check_walked(self) -> None:
+        """Raise where the micro-batch had gradients, and no backward came to a layer."""
+        if self._wanted and not self._walked:
+            raise LockstepError(
+                f"lookahead: micro-batch {self.index} was not walked backward before the next: call backward() on each "
+                "result before you take the next one, in `for loss in lookahead(...): loss.backward()`"
+            )
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no micro-batch comes after this one."""
+        return self.index == self._count - 1
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether this was the last micro-batch, and it was walked backward, if it could be."""
+        return self.is_last and (not self._wanted or self._walked > 0)
+
+    def end(self) -> None:
+        """All are walked. Collective where there are peers."""
+        for rounds in self._rounds:
+            rounds.start(self.index)
+            rounds.finish()
+        self._check_drift()
+        by_layer: dict[Accumulating, list[Tensor]] = {}
+        for visit, account in zip(self._visits, self._accounts, strict=True):
+            by_layer.setdefault(visit.layer, []).append(account.mean)
+        _means.update(by_layer)
+
+    def give_up(self) -> None:
+        """This rank does not go on: tell its peers. Collective, with their rounds."""
+        for rounds in self._rounds:
+            rounds.give_up()
+
+    def normalize(
+        self, layer: Accumulating, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, counts: bool
+    ) -> Tensor:
+        """The output at the next visit; in a checkpoint's second forward, at the one that it repeats."""
+        number = self._find_again(layer, x) if runs_in_backward() else self._go_on(layer, x)
+        visit, account, index = self._visits[number], self._accounts[number], self.index
+
+        def pay(sums: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            self._walked += 1
+            return account.pay(index, x.shape[0], self._count - index, sums)
+
+        y = visit.normalize(x, weight, bias, pay)
+        self._wanted += y.requires_grad
+        return y
+
+    def _go_on(self, layer: Accumulating, x: Tensor) -> int:
+        number = self._position
+        if number == len(self._visits) or self._visits[number].layer is not layer:
+            before = "the end" if number == len(self._visits) else f"layer {self._visits[number].name}"
+            name = next((visit.name for visit in self._visits if visit.layer is layer), type(layer).__name__)
+            raise LockstepError(
+                f"micro-batch {self.index} comes to layer {name}, where it came to {before} in the first pass: {_SAME}"
+            )
+        visit = self._visits[number]
+        if x.numel() // x.shape[1] != visit.counts[self.index]:
+            raise LockstepError(
+                f"micro-batch {self.index} comes to layer {visit.name} with other values than in the first "
+                f"pass: {_SAME}"
+            )
+        # Looked at in the end: a GPU need not be waited for.
+        self._drift[number] = torch.maximum(self._drift[number], distance(x, visit.samples[self.index]))
+        self._position += 1
+        return number
+
+    def _find_again(self, layer: Accumulating, x: Tensor) -> int:
+        """The visit that a checkpoint repeats: of several, the one whose values these are."""
+        numbers = [number for number, visit in enumerate(self._visits) if visit.layer is layer]
+        if len(numbers) == 1:
+            return numbers[0]
+        distances = [distance(x, self._visits[number].samples[self.index]) for number in numbers]
+        return numbers[int(torch.stack(distances).argmin())]
+
+    def _check_drift(self) -> None:
+        if not self._visits:
+            return
+        # Not `<= 1`: NaN came of NaN in both passes.
+        far = (torch.stack([drift.cpu() for drift in self._drift]) > 1).tolist()
+        if any(far):
+            raise LockstepError(
+                f"lookahead: values at layer {self._visits[far.index(True)].name} were not those of the first pass: "
+                f"{_SAME}. It may draw random numbers from a generator that is not torch's, Python's, NumPy's, or an "
+                "attribute of a module. Gradients are wrong: zero_grad(), and do not step"
+            )
+
+
+_SAME = "forward must do the same in both passes, for the same micro-batch"
+
+
+def _expected_at(visits: Sequence[KnownVisit]) -> list[Tensor | None]:
+    """By visit, what the last window's means were there."""
+    seen: dict[Accumulating, int] = {}
+    expected: list[Tensor | None] = []
+    for visit in visits:
+        number = seen.get(visit.layer, 0)
+        seen[visit.layer] = number + 1
+        means = _means.get(visit.layer, [])
+        center = visit.norm.center
+        fits = number < len(means) and means[number].numel() == 2 * center.numel()
+        expected.append(means[number].to(center.device) if fits else None)
+    return expected
+
+
+class Rounds:
+    """The messages of one group: after each micro-batch, the sums of all its layers.
+
+    Ranks with fewer micro-batches sit the first rounds out. So all have their last one together, in which
+    DistributedDataParallel reduces gradients and waits for all.
+    """
+
+    def __init__(self, exchange: Exchange, accounts: Sequence[Account], count: int) -> None:
+        self._exchange = exchange
+        self._accounts = accounts
+        everyones = [count] if exchange.is_alone else exchange.gather_numbers("micro-batches", count)
+        self._offset = max(everyones) - count
+        self._open: tuple[int | None, Callable[[], Tensor]] | None = None
+        self._number = 0
+
+    def sit_out(self) -> None:
+        """The rounds before this rank's first micro-batch. Collective."""
+        for number in range(self._offset):
+            self._start(number, None)
+            self.finish()
+
+    def start(self, index: int) -> None:
+        """Send the sums of a micro-batch that was walked. Collective."""
+        self._start(self._offset + index, index)
+
+    def _start(self, number: int, index: int | None) -> None:
+        values = torch.cat([account.packed(index) for account in self._accounts])
+        self._open = index, self._exchange.start_round(number, values)
+        self._number = number + 1
+
+    def finish(self) -> None:
+        """Wait for the round that was started, if any, and put it into the books. Collective."""
+        if self._open is None:
+            return
+        (index, wait), self._open = self._open, None
+        sizes = [account.size for account in self._accounts]
+        parts = torch.split(wait(), sizes)
+        counts = torch.stack([part[0] for part in parts]).tolist()
+        for account, part, count in zip(self._accounts, parts, counts, strict=True):
+            account.close_round(index, part[1:], count)
+
+    def give_up(self) -> None:
+        """Tell peers that this rank does not go on. Collective, with their next round."""
+        if self._exchange.is_alone:
+            return
+        if self._open is not None:
+            self.finish()
+        self._exchange.give_up(self._number)
