@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from syncaccum.exact.meeting_point import Arrival, Meeting, make_arrival
+from syncaccum.exact.meeting_point import Arrival, Meeting
 from syncaccum.layer.measure import measure, measured_before
 from syncaccum.layer.memory_order import make_dense
 from syncaccum.layer.passes import ReduceSums, normalize_together
@@ -51,41 +52,56 @@ class KnownVisit:
         return y
 
 
-class Record:
-    """The visits of a first pass, in order. It normalises each micro-batch on its own turn: one output at a time."""
+@dataclass(frozen=True)
+class _Waiting(Arrival):
+    """A micro-batch that waits at a layer in a first pass."""
 
-    def __init__(self) -> None:
+    sample: Tensor | None = None
+    bring_back: Callable[[], None] = lambda: None
+
+
+class Record:
+    """The visits of a first pass, in order. It normalises each micro-batch on its own turn: one output at a time.
+
+    Args:
+        park: called with each input that is to wait; returns what brings it back.
+    """
+
+    def __init__(self, park: Callable[[Tensor], Callable[[], None]]) -> None:
         self.visits: list[KnownVisit] = []
+        self._park = park
+
+    def arrive(
+        self, layer: Accumulating, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, counts: bool
+    ) -> Arrival:
+        """An arrival. It keeps x alone, and no float32 copy of it: all micro-batches wait with theirs."""
+        x = make_dense(x)
+        measured = measure(x)._replace(values=x)
+        sample = take_sample(x)
+        grad = torch.is_grad_enabled()
+        return _Waiting(layer, x, weight, bias, eps, grad, counts, measured, sample, self._park(x))
 
     def note(self, meeting: Meeting) -> Callable[[int], Tensor]:
         """What to do at a meeting."""
-        arrivals = list[Arrival | None](meeting.arrivals)
+        waiting: list[Any] = list(meeting.arrivals)
         visit = KnownVisit(
-            meeting.arrivals[0].layer,
+            waiting[0].layer,
             meeting.name,
             meeting.norm._replace(feedback=1.0),
             any(m.origin is not None for m in meeting.measured),
             meeting.count,
             [m.n for m in meeting.measured],
-            [take_sample(a.x) for a in meeting.arrivals],
+            [one.sample for one in waiting],
         )
         self.visits.append(visit)
 
         def take(index: int) -> Tensor:
-            # Not kept: its memory is needed for the output.
-            arrival, arrivals[index] = arrivals[index], None
-            assert arrival is not None  # each is taken once
-            return visit.normalize(arrival.x, arrival.weight, arrival.bias)
+            # Not kept: the output needs memory.
+            one, waiting[index] = waiting[index], None
+            one.bring_back()
+            return visit.normalize(one.x, one.weight, one.bias)
 
         return take
-
-
-def arrive_sparingly(
-    layer: Accumulating, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, counts: bool
-) -> Arrival:
-    """An arrival of a first pass. It keeps x alone, and no float32 copy of it: all micro-batches wait with theirs."""
-    arrival = make_arrival(layer, x, weight, bias, eps, counts)
-    return replace(arrival, measured=measure(arrival.x)._replace(values=arrival.x))
 
 
 def take_sample(x: Tensor) -> Tensor:

@@ -10,25 +10,28 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from syncaccum.exact.attendance import refuse_unfinished
 from syncaccum.exact.ddp import Wrappers
-from syncaccum.exact.known import Record, arrive_sparingly
+from syncaccum.exact.known import Record
 from syncaccum.exact.lockstep import refuse_call, run_side_by_side
 from syncaccum.exact.meeting_point import MeetingPoint, Mode
 from syncaccum.exact.module_states import ModuleStates
+from syncaccum.exact.offload import WaitingRoom, stay
 from syncaccum.exact.process_state import Eager, Setting, enter_all, leave_all
 from syncaccum.exact.second_pass import SecondPass
 from syncaccum.exact.streams import Streams
 from syncaccum.layer import surroundings
-from syncaccum.torch_private import version_of
+from syncaccum.torch_private import tensors_in, version_of
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def lookahead(model: nn.Module, forward: Callable[[T], R], micro_batches: Iterable[T]) -> Iterator[R]:
+def lookahead(
+    model: nn.Module, forward: Callable[[T], R], micro_batches: Iterable[T], *, offload: str | None = None
+) -> Iterator[R]:
     r"""Yield ``forward``'s result for each micro-batch, every BatchNorm normalising with the whole global batch.
 
     The forward is exact: statistics, outputs and losses are those of one forward on ``torch.cat`` of the micro-batches
@@ -54,6 +57,8 @@ def lookahead(model: nn.Module, forward: Callable[[T], R], micro_batches: Iterab
             numbers are the same in both: those of torch, Python and NumPy, and of generators that are attributes of
             modules. Buffers and attributes of other modules are put back after the first pass.
         micro_batches: this rank's part of the window.
+        offload: ``"cpu"`` lets the inputs that wait at a layer in the first pass do so in pinned host memory. What else
+            a waiting forward holds, such as the input of a residual block, stays on the device.
 
     Yields:
         What ``forward`` returns for each micro-batch, in order, to be walked backward before the next is taken.
@@ -64,6 +69,7 @@ def lookahead(model: nn.Module, forward: Callable[[T], R], micro_batches: Iterab
             between passes, when the iterator ends; a peer that gave up.
         TooFewValuesError: one value per channel in the whole global batch; a ValueError.
         NoLayersError: the model has no SyncAccumBatchNorm.
+        ValueError: ``offload`` is neither None nor ``"cpu"``.
         CommitError: a peer is gone or stuck, at the group's timeout.
         Whatever ``forward`` raises. An iterator that is left before its last result was walked puts the windows
             back as they were.
@@ -85,13 +91,22 @@ def lookahead(model: nn.Module, forward: Callable[[T], R], micro_batches: Iterab
         >>> report = syncaccum.commit(model)
     """
     batches = list(micro_batches)
-    refuse_call("lookahead", len(batches), None)
-    return _walk(model, forward, batches)
+    refuse_call("lookahead", len(batches), offload)
+    return _walk(model, forward, batches, _shared_tensors(model, batches) if offload else None)
 
 
-def _walk(model: nn.Module, forward: Callable[[T], R], batches: Sequence[T]) -> Iterator[R]:
-    streams, states, record = Streams(model, len(batches)), ModuleStates(model), Record()
-    mode = Mode("lookahead", record.note, arrive_sparingly, lambda name: None, streams.begin_turn)
+def _shared_tensors(model: nn.Module, batches: Sequence[object]) -> list[Tensor]:
+    """Tensors that several micro-batches may hold."""
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    return [*model.parameters(), *model.buffers(), *tensors_in(list(attributes)), *tensors_in(batches)]
+
+
+def _walk(
+    model: nn.Module, forward: Callable[[T], R], batches: Sequence[T], shared: Sequence[Tensor] | None
+) -> Iterator[R]:
+    streams, states = Streams(model, len(batches)), ModuleStates(model)
+    record = Record(stay if shared is None else WaitingRoom(shared).park)
+    mode = Mode("lookahead", record.note, record.arrive, lambda name: None, streams.begin_turn)
     try:
         with torch.no_grad():
             _, meeting = run_side_by_side(mode, model, forward, batches)

@@ -1,8 +1,12 @@
-"""Offload: what autograd saves for the backward waits in host memory, and is back before it is needed."""
+"""Offload: what is needed later waits in host memory, and is back before it is needed.
+
+That is what autograd saves for the backward, and in the first pass of a lookahead what waits at a layer.
+"""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -72,3 +76,45 @@ class HostStore:
         if following is not None and following.walks < packed.walks:
             following.begin_return()
         return tensor
+
+
+class WaitingRoom:
+    """Host memory for inputs that wait at a layer, while other micro-batches run.
+
+    The forwards that wait hold the tensor, too. So it is emptied, and gets its values back before they go on. Other
+    tensors with the same memory keep it, and the device's memory is not given up then.
+
+    Args:
+        shared: tensors that another micro-batch may look at meanwhile; they stay.
+    """
+
+    def __init__(self, shared: Iterable[Tensor]) -> None:
+        self._shared = {id(tensor) for tensor in shared}
+
+    def park(self, x: Tensor) -> Callable[[], None]:
+        """Send a tensor to the host; what is returned brings it back."""
+        if not self._is_to_go(x):
+            return _do_nothing
+        device = x.device
+        host = self._make_room(x).copy_(x, non_blocking=True)
+        x.data = x.new_empty(0)
+
+        def bring_back() -> None:
+            x.data = host.to(device, non_blocking=True)
+
+        return bring_back
+
+    def _is_to_go(self, x: Tensor) -> bool:
+        return x.device.type != "cpu" and type(x) is Tensor and not x.is_inference() and id(x) not in self._shared
+
+    def _make_room(self, x: Tensor) -> Tensor:
+        return torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
+
+
+def stay(x: Tensor) -> Callable[[], None]:
+    """In the place of ``WaitingRoom.park``, where there is no offload."""
+    return _do_nothing
+
+
+def _do_nothing() -> None:
+    return
