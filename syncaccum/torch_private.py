@@ -176,6 +176,11 @@ def dispatch_modes() -> list[Any]:
     return list(dispatch._get_current_dispatch_mode_stack())
 
 
+def is_watched() -> bool:
+    """Whether a torch-dispatch mode or torch.jit.trace wants to see each operator that runs."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+
+
 @contextmanager
 def in_function_mode(mode: Any) -> Iterator[None]:
     """A context in which a torch-function mode is in force.

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from syncaccum.layer import native
 from syncaccum.layer.memory_order import as_columns, as_passes, is_on_cuda, is_rows, per_channel
 from syncaccum.moments import pack_statistics
 
@@ -43,9 +44,10 @@ _MAX_OFFSET = 4.0**2
 class Measured(NamedTuple):
     """A micro-batch about to be normalised.
 
-    ``values`` has the shape of the input and is float32 or wider: the input's values, less a constant per channel
-    where there is an ``origin``. ``mean`` and ``variance`` (population) are the input's; they and ``origin`` are
-    float64, ``(C,)``.
+    ``values`` has the shape of the input: its values, less a constant per channel where there is an ``origin``. It is
+    float32 or wider, or the input itself where the compiled passes measured it. ``mean`` and ``variance`` (population)
+    are the input's; they and ``origin`` are float64, ``(C,)``. Those passes also fill ``packed``, the moments, and
+    ``output``, where it was to be had in the same walk.
     """
 
     values: Tensor
@@ -53,10 +55,12 @@ class Measured(NamedTuple):
     n: int
     mean: Tensor
     variance: Tensor
+    packed: Tensor | None = None
+    output: Tensor | None = None
 
     def sums(self) -> Tensor:
         """What to add to a window: packed moments."""
-        return pack_statistics(self.n, self.mean, self.variance)
+        return pack_statistics(self.n, self.mean, self.variance) if self.packed is None else self.packed
 
 
 def merge(parts: Sequence[Measured]) -> tuple[int, Tensor, Tensor]:
@@ -94,6 +98,8 @@ def measure(x: Tensor) -> Measured:
     again in float64. It is the mean just found. On a GPU an origin is always subtracted, the median of a sample: to
     look at the mean first would make the forward wait for the device.
     """
+    if native.takes(x):
+        return measure_compiled(x, None, None, None)
     channels = x.shape[1]
     count = x.numel() // channels
     values = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -117,6 +123,18 @@ def measure(x: Tensor) -> Measured:
     origin = origin.to(torch.float64)
     mean, variance = _mean_and_variance(shifted)
     return Measured(shifted, origin, count, mean + origin, variance)
+
+
+def measure_compiled(x: Tensor, norm: native.Vectors | None, weight: Tensor | None, bias: Tensor | None) -> Measured:
+    """`measure` by the compiled passes, which must take all arguments; with the output where ``norm`` is known.
+
+    They subtract a value of each channel, in float64. No value is further from the mean than sqrt(n) deviations, so
+    that they are right to n times 1e-16, however large the mean is.
+    """
+    found, output = native.measure(x, norm, weight, bias)
+    channels = x.shape[1]
+    packed, mean, variance = torch.split(found, [1 + 2 * channels, channels, channels])
+    return Measured(x, None, x.numel() // channels, mean, variance, packed, output)
 
 
 def _is_within(offset: float, mean: Tensor, variance: Tensor) -> bool:

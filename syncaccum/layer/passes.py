@@ -4,8 +4,9 @@ Whatever the policy, every forward is ``y = a x + b`` per channel and every back
 with the sums of dy and dy*x_hat: moments of x, affine of x, moments of dy, affine of dy and x. Policies differ in
 C-sized arithmetic only (`policies`).
 
-The first pass is in `measure`; the two memory orders in which data is seen are in `memory_order`. On a GPU the passes
-are the kernels of nn.SyncBatchNorm, which take vectors in float32 for float16 and bfloat16 data, and no empty tensor.
+The first pass is in `measure`; the two memory orders in which data is seen are in `memory_order`. On a CPU the passes
+are compiled ones (`native`), or else torch's own. On a GPU they are the kernels of nn.SyncBatchNorm, which take vectors
+in float32 for float16 and bfloat16 data, and no empty tensor.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from syncaccum.layer.measure import Measured, measure
+from syncaccum.layer import native
+from syncaccum.layer.compose import compose, intercept
+from syncaccum.layer.measure import Measured, measure, measure_compiled
 from syncaccum.layer.memory_order import (
     as_passes,
     is_on_cuda,
@@ -25,25 +28,25 @@ from syncaccum.layer.memory_order import (
     match_order,
     per_channel,
 )
-from syncaccum.layer.policies import Normalizer, Policy
-from syncaccum.moments import pack_statistics
+from syncaccum.layer.policies import Normalizer, Policy, known_before
 from syncaccum.torch_private import has_no_values, is_transformed
 
 ReduceSums = Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
 
 
 def apply_normalizer(
-    x: Tensor, measured: Measured, weight: Tensor | None, bias: Tensor | None, norm: Normalizer
+    x: Tensor, measured: Measured, weight: Tensor | None, bias: Tensor | None, norm: Normalizer, narrow: Normalizer
 ) -> Tensor:
-    """Second pass: the output, in x's dtype and memory order. ``norm`` is in the precision of the values."""
-    return _apply_affine(measured.values, norm.center, _slope(norm, weight), _shift(norm, weight, bias)).to(x.dtype)
+    """Second pass: the output, in x's dtype and memory order. ``narrow`` is ``norm`` in the precision of the values."""
+    narrow = _shift_center(measured, norm, narrow)
+    values = measured.values.to(narrow.center.dtype)
+    return _apply_affine(values, narrow.center, narrow.slope(weight), narrow.shift(weight, bias)).to(x.dtype)
 
 
 def _shift_center(measured: Measured, norm: Normalizer, narrow: Normalizer) -> Normalizer:
     """``narrow``, for values that lack the origin: the center lacks it, too.
 
-    ``narrow`` is ``norm`` in the precision of the values. Center and origin may be large and nearly equal, so their
-    difference is taken in float64.
+    Center and origin may be large and nearly equal, so their difference is taken in float64.
     """
     if measured.origin is None:
         return narrow
@@ -62,23 +65,7 @@ def _apply_affine(x: Tensor, center: Tensor, slope: Tensor, shift: Tensor | None
         # nn.BatchNorm's eval forward: the one kernel that walks rows once.
         # addcmul takes six times as long, but in columns less.
         return torch.native_batch_norm(x, slope, shift, center, torch.ones_like(center), False, 0.0, 0.0)[0]
-    return torch.addcmul(per_channel(_intercept(center, slope, shift), x), x, per_channel(slope, x))
-
-
-def _intercept(center: Tensor, slope: Tensor, shift: Tensor | None) -> Tensor:
-    return -center * slope if shift is None else torch.addcmul(shift, center, slope, value=-1)
-
-
-def _shift(norm: Normalizer, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    if norm.offset is None:
-        return bias
-    shift = norm.offset if weight is None else norm.offset * weight
-    return shift if bias is None else shift + bias
-
-
-def _slope(norm: Normalizer, weight: Tensor | None) -> Tensor:
-    slope = norm.scale if norm.gain is None else norm.scale * norm.gain
-    return slope if weight is None else slope * weight
+    return torch.addcmul(per_channel(intercept(center, slope, shift), x), x, per_channel(slope, x))
 
 
 def gradients_of_own_statistics(
@@ -88,6 +75,7 @@ def gradients_of_own_statistics(
 
     Where the statistics are this micro-batch's alone, torch has a kernel for both.
     """
+    norm = _narrow(norm, x)
     if is_on_cuda(x) and (weight is None or x.numel() == 0):
         # CUDA's kernel takes the dtype of parameters from the weight.
         sums = gradient_sums(dy, x, norm)
@@ -101,8 +89,16 @@ def gradients_of_own_statistics(
     return dx, dweight, dbias
 
 
+def _narrow(norm: Normalizer, x: Tensor) -> Normalizer:
+    """The normalizer in the precision of torch's passes; itself, mostly."""
+    return norm.to_dtype(torch.promote_types(x.dtype, torch.float32))
+
+
 def gradient_sums(dy: Tensor, x: Tensor, norm: Normalizer) -> tuple[Tensor, Tensor]:
     r"""Third pass: :math:`\sum dy` and :math:`\sum dy\,\hat x` of dense dy and x in the same order."""
+    if native.takes(dy, x):
+        return native.gradient_sums(dy, x, norm)
+    norm = _narrow(norm, x)
     if x.numel() == 0:
         zeros = torch.zeros_like(norm.center)
         return zeros, zeros
@@ -123,8 +119,11 @@ def apply_gradient(
     dy: Tensor, x: Tensor, weight: Tensor | None, norm: Normalizer, sums: tuple[Tensor, Tensor]
 ) -> Tensor:
     """Fourth pass: the gradient of x, in x's dtype and memory order."""
+    if native.takes(dy, x, weight):
+        return native.apply_gradient(dy, x, weight, norm, sums)
+    norm = _narrow(norm, x)
     wide = norm.center.dtype
-    slope = _slope(norm, weight)
+    slope = norm.slope(weight)
     a = per_channel(slope.to(wide), x)
     if norm.feedback is None:
         return (dy * a).to(x.dtype)
@@ -187,10 +186,11 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Pol
     if torch.compiler.is_compiling() or is_transformed() or has_no_values(x):
         # Compilers fuse plain operations better than our passes.
         # Transforms of torch.func differentiate them in their own ways.
-        return _compose(x, weight, bias, policy)
+        return compose(x, weight, bias, policy)
     with torch.no_grad():
-        measured = measure(x)
-        norm = policy.normalizer(measured.n, measured.mean, measured.variance)
+        known = known_before(policy) if native.takes(x, weight, bias) else None
+        measured = measure(x) if known is None else measure_compiled(x, known, weight, bias)
+        norm = policy.normalizer(measured.n, measured.mean, measured.variance) if known is None else known
         sums = measured.sums()
     (y,) = _apply_normalize(norm, [measured], weight, bias, None, policy, x)
     return y, sums
@@ -225,11 +225,14 @@ class _Normalize(torch.autograd.Function):
     def forward(ctx, norm, measured, weight, bias, reduce_sums, policy, *xs):  # type: ignore[no-untyped-def]
         # x is mostly held anyway; x_hat would be one more.
         ctx.save_for_backward(weight, bias, *xs)
-        narrow = norm.to_dtype(measured[0].values.dtype)
-        # Not shifted: the backward reads x, not the measured values.
-        ctx.norm, ctx.reduce_sums, ctx.policy = narrow, reduce_sums, policy
+        ctx.norm, ctx.reduce_sums, ctx.policy = norm, reduce_sums, policy
         pairs = zip(xs, measured, strict=True)
-        return tuple(apply_normalizer(x, m, weight, bias, _shift_center(m, norm, narrow)) for x, m in pairs)
+        if all(native.takes(x, weight, bias) for x in xs):
+            # In float64, also for the backward.
+            return tuple(m.output if m.output is not None else native.apply(x, norm, weight, bias) for x, m in pairs)
+        # Not shifted: the backward reads x, not the measured values.
+        ctx.norm = _narrow(norm, xs[0])
+        return tuple(apply_normalizer(x, m, weight, bias, norm, ctx.norm) for x, m in pairs)
 
     @staticmethod
     def backward(ctx, *dys):  # type: ignore[no-untyped-def]
@@ -241,8 +244,12 @@ class _Normalize(torch.autograd.Function):
         pairs = [(match_order(dy, x), x) for dy, x in zip(dys, xs, strict=True)]
         dweight: Tensor | None
         dbias: Tensor | None
-        if len(pairs) == 1 and ctx.reduce_sums is None and ctx.norm.is_plain:
-            needed = [needs_x[0], needs_weight, needs_bias]
+        needed = [needs_x[0], needs_weight, needs_bias]
+        is_alone = len(pairs) == 1 and ctx.reduce_sums is None
+        if is_alone and native.takes(*pairs[0], weight, bias):
+            dx, dweight, dbias = native.gradients(*pairs[0], weight, bias, ctx.norm, needed)
+            dxs = [dx]
+        elif is_alone and ctx.norm.is_plain:
             dx, dweight, dbias = gradients_of_own_statistics(*pairs[0], weight, ctx.norm, needed)
             dxs = [dx]
         else:
@@ -273,28 +280,8 @@ def _composed_gradients(ctx, dy, *others):  # type: ignore[no-untyped-def]
     weight, bias, x = ctx.saved_tensors
     _, _, needs_weight, needs_bias, _, _, needs_x = ctx.needs_input_grad
     needed = (needs_weight, needs_bias, needs_x)
-    y, _ = _compose(x, weight, bias, ctx.policy)
+    y, _ = compose(x, weight, bias, ctx.policy)
     inputs = [tensor for tensor, wanted in zip((weight, bias, x), needed, strict=True) if wanted]
     gradients = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
     dweight, dbias, dx = (next(gradients) if wanted else None for wanted in needed)
     return None, None, dweight, dbias, None, None, dx
-
-
-def _compose(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Policy) -> tuple[Tensor, Tensor]:
-    """`normalize` in plain differentiable operations: for compilers and for gradients of gradients."""
-    n = x.numel() // x.shape[1]
-    dims = [d for d in range(x.dim()) if d != 1]
-    values = x.to(torch.promote_types(x.dtype, torch.float32))
-    origin = values.detach().mean(dims)
-    shifted = values - per_channel(origin, x)
-    # Again, because the first mean was rounded.
-    mean_of_shifted = shifted.mean(dims)
-    centered = shifted - per_channel(mean_of_shifted, x)
-    variance = centered.square().mean(dims).to(torch.float64)
-    origin = origin.to(torch.float64)
-    mean = origin + mean_of_shifted
-    norm = policy.normalizer(n, mean, variance)
-    slope = _slope(norm, weight)
-    intercept = _intercept(norm.center - origin, slope, _shift(norm, weight, bias))
-    y = shifted * per_channel(slope.to(shifted.dtype), x) + per_channel(intercept.to(shifted.dtype), x)
-    return y.to(x.dtype), pack_statistics(n, mean.detach(), variance.detach())

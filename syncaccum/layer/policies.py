@@ -41,6 +41,18 @@ class Normalizer(NamedTuple):
         """Whether the statistics are those of the data alone: nn.BatchNorm's own forward and backward."""
         return self.gain is None and self.feedback is not None
 
+    def slope(self, weight: Tensor | None) -> Tensor:
+        """What x - c is multiplied by."""
+        slope = self.scale if self.gain is None else self.scale * self.gain
+        return slope if weight is None else slope * weight
+
+    def shift(self, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        """What is added then; None stands for 0."""
+        if self.offset is None:
+            return bias
+        shift = self.offset if weight is None else self.offset * weight
+        return shift if bias is None else shift + bias
+
     def to_dtype(self, dtype: torch.dtype) -> Normalizer:
         """The same in another precision. Policies compute in float64; data is float32 mostly."""
         center, scale = self.center.to(dtype), self.scale.to(dtype)
@@ -124,6 +136,13 @@ class Renorm(NamedTuple):
 
 
 Policy = Batch | Running | Renorm
+
+
+def known_before(policy: Policy) -> Normalizer | None:
+    """What the policy applies to any data, so that the first pass can apply it; None where that depends on the data."""
+    if isinstance(policy, Running):
+        return policy.normalizer(0, policy.committed_mean, policy.committed_variance)
+    return None
 
 
 def choose_policy(layer: Accumulating, count: int, eps: float) -> Policy:

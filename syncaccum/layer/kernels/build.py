@@ -1,0 +1,65 @@
+"""Compile the passes into this folder: ``python syncaccum/layer/kernels/build.py``.
+
+Needs a C++17 compiler (the variable CXX names it, else c++) and neither torch nor its headers: an install from source
+runs this file, too, in an environment without torch.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SOURCE = HERE / "passes.cpp"
+# Sums may be reordered where the source says so only.
+# Floating-point exceptions and errno, which nobody reads, forbid vectors.
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+# One library for each that torch.backends.cpu.get_cpu_capability() may answer:
+# who builds need not be who runs.
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+CAPABILITIES = {"DEFAULT": [], "AVX2": _AVX2, "AVX512": _AVX512}
+
+
+def library_for(capability: str) -> Path:
+    """Where the library is, or will be."""
+    return HERE / f"passes.{capability}.so"
+
+
+def build() -> list[Path]:
+    """The libraries, compiled.
+
+    Raises:
+        OSError: there is no compiler.
+        subprocess.CalledProcessError: it failed; ``stderr`` says why.
+    """
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return [_compile(name, flags) for name, flags in CAPABILITIES.items() if x86 or not flags]
+
+
+def _compile(capability: str, flags: list[str]) -> Path:
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    path = library_for(capability)
+    # Moved into place whole: another process may load it meanwhile.
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    command = [*compiler, *FLAGS, *flags, str(SOURCE), "-o", str(unfinished)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return unfinished.replace(path)
+
+
+def main() -> None:
+    try:
+        for path in build():
+            print(f"built {path.name}")
+    except OSError as error:
+        print(f"syncaccum runs without compiled passes: no C++ compiler ({error})", file=sys.stderr)
+    except subprocess.CalledProcessError as error:
+        print(f"syncaccum runs without compiled passes: {error}\n{error.stderr}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

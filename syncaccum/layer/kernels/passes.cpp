@@ -1,0 +1,466 @@
+// The passes over data in CPU memory, compiled: sums of a micro-batch, and what is applied to each value.
+//
+// Plain C functions, without torch's headers: one build serves every torch that has torch_parallel_for.
+// syncaccum/layer/native.py calls them and says what the arguments are. syncaccum/layer/passes.py has the formulas.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+// torch's own, so that these passes run in torch's threads, as many as torch.set_num_threads says.
+using ParallelFor = int32_t (*)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
+
+// A task is so many values at least: some time above what it takes to start one.
+constexpr int64_t kTask = 16384;
+// A thread gets so many at least: torch's own GRAIN_SIZE.
+constexpr int64_t kGrain = 32768;
+// Columns: each task has sums of its own for each channel, which are added at the end. So few tasks, and not too small.
+constexpr int64_t kMostTasks = 256;
+constexpr int64_t kFewestLines = 32;
+// Columns of few channels: neighbouring values side by side, as if they were channels, fill the vector registers.
+constexpr int64_t kWidth = 64;
+
+// --- The four dtypes. Arithmetic is in float, or double for double; sums are double for all.
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
+inline float widen(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
+
+// Without branches, so that the compiler can use vector registers.
+// Exponents move from bias 15 to bias 127; the largest one means Inf or NaN, the smallest a denormal number.
+inline float widen(Half value) {
+  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
+  const uint32_t exponent = magnitude & 0x0f800000;
+  const uint32_t moved = magnitude + (112u << 23);
+  const float denormal = float_of(magnitude + (113u << 23)) - float_of(113u << 23);
+  uint32_t result = exponent == 0x0f800000 ? moved + (112u << 23) : moved;
+  result = exponent == 0 ? bits_of(denormal) : result;
+  return float_of(result | static_cast<uint32_t>(value.bits & 0x8000) << 16);
+}
+
+// All round to nearest, ties to even, as torch does.
+inline void narrow(float value, float& out) { out = value; }
+inline void narrow(double value, double& out) { out = value; }
+
+inline void narrow(float value, BFloat16& out) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  out.bits = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+inline void narrow(float value, Half& out) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  // The addition aligns the ten bits of a denormal number, and rounds.
+  const uint32_t denormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  uint32_t result = magnitude < (113u << 23) ? denormal : normal;
+  result = magnitude >= (143u << 23) ? (magnitude > 0x7f800000 ? 0x7e00u : 0x7c00u) : result;
+  out.bits = static_cast<uint16_t>(result | (bits >> 16 & 0x8000));
+}
+
+template <class T>
+using Wide = decltype(widen(T()));
+
+enum Dtype : int32_t { kFloat, kDouble, kBFloat16, kHalf };
+
+template <class F>
+void with_dtype(int32_t dtype, F f) {
+  switch (dtype) {
+    case kFloat: return f(float());
+    case kDouble: return f(double());
+    case kBFloat16: return f(BFloat16());
+    case kHalf: return f(Half());
+  }
+}
+
+// --- What each value gives and gets.
+
+// Two sums: of u and u w. In the forward u = w = x - c; in the backward u = dy and w = x - c.
+template <bool kBackward, class T>
+inline void add_terms(const T* dy, const T* x, int64_t i, double c, double& first, double& second) {
+  const double w = static_cast<double>(widen(x[i])) - c;
+  const double u = kBackward ? static_cast<double>(widen(dy[i])) : w;
+  first += u;
+  second += u * w;
+}
+
+enum Apply { kOutput, kGradient, kGradientOfConstants };
+
+// Per channel: a dy + b (x - c) + k. c is the center rounded: the difference is exact where it is small, and what
+// rounding took from c is in k.
+template <class W>
+struct Coefficients {
+  std::vector<W> a, b, c, k;
+
+  explicit Coefficients(int64_t size) : a(size), b(size), c(size), k(size) {}
+
+  void set(int64_t i, double a_, double b_, double center, double k_) {
+    a[i] = static_cast<W>(a_);
+    b[i] = static_cast<W>(b_);
+    c[i] = static_cast<W>(center);
+    k[i] = static_cast<W>(k_ - b_ * (center - static_cast<double>(c[i])));
+  }
+};
+
+template <Apply kApply, class T, class W>
+inline void apply_one(const T* dy, const T* x, T* out, int64_t i, W a, W b, W c, W k) {
+  if constexpr (kApply == kOutput) {
+    narrow((widen(x[i]) - c) * b + k, out[i]);
+  } else if constexpr (kApply == kGradient) {
+    narrow(widen(dy[i]) * a + ((widen(x[i]) - c) * b + k), out[i]);
+  } else {
+    narrow(widen(dy[i]) * a, out[i]);
+  }
+}
+
+// --- Walking memory.
+
+template <class T>
+struct Data {
+  int64_t outer, channels, inner;  // rows are (N, C, L); columns (values, C, 1)
+  const T* dy;
+  const T* x;
+  T* out;
+
+  int64_t count() const { return outer * inner; }
+};
+
+// (N, C, L): a task is a piece of one channel, some rows or part of one.
+template <class T>
+class Rows {
+ public:
+  explicit Rows(const Data<T>& data) : d_(data) {
+    const int64_t groups = std::clamp<int64_t>(d_.count() / kTask, 1, d_.outer);
+    rows_ = (d_.outer + groups - 1) / groups;
+    groups_ = (d_.outer + rows_ - 1) / rows_;
+    pieces_ = std::max<int64_t>(1, d_.inner / kTask);
+    length_ = (d_.inner + pieces_ - 1) / pieces_;
+  }
+
+  int64_t tasks() const { return groups_ * pieces_ * d_.channels; }
+  int64_t task_size() const { return rows_ * length_; }
+  int64_t sums_per_task() const { return 2; }
+  int64_t width() const { return d_.channels; }
+
+  template <bool kBackward>
+  void add(int64_t task, const double* centers, double* sums) const {
+    double first = 0, second = 0, third = 0, fourth = 0;
+    const double c = centers[task % d_.channels];
+    each_strip(task, [&](int64_t start, int64_t length) {
+      const T *dy = d_.dy + start, *x = d_.x + start;
+      const int64_t half = length / 2;
+      // Two pairs of sums: an addition need not wait for the one before.
+#pragma omp simd reduction(+ : first, second, third, fourth)
+      for (int64_t i = 0; i < half; ++i) {
+        add_terms<kBackward>(dy, x, i, c, first, second);
+        add_terms<kBackward>(dy, x, half + i, c, third, fourth);
+      }
+      if (length % 2) add_terms<kBackward>(dy, x, length - 1, c, first, second);
+    });
+    sums[0] = first + third;
+    sums[1] = second + fourth;
+  }
+
+  void finish(const double* partial, double* first, double* second) const {
+    std::fill_n(first, d_.channels, 0.0);
+    std::fill_n(second, d_.channels, 0.0);
+    for (int64_t task = 0; task < tasks(); ++task) {
+      first[task % d_.channels] += partial[2 * task];
+      second[task % d_.channels] += partial[2 * task + 1];
+    }
+  }
+
+  template <Apply kApply, class W>
+  void apply(int64_t task, const Coefficients<W>& by) const {
+    const int64_t channel = task % d_.channels;
+    const W a = by.a[channel], b = by.b[channel], c = by.c[channel], k = by.k[channel];
+    each_strip(task, [&](int64_t start, int64_t length) {
+      const T *dy = d_.dy + start, *x = d_.x + start;
+      T* out = d_.out + start;
+#pragma omp simd
+      for (int64_t i = 0; i < length; ++i) apply_one<kApply>(dy, x, out, i, a, b, c, k);
+    });
+  }
+
+ private:
+  // Neighbouring tasks are neighbouring channels: neighbours in memory.
+  template <class F>
+  void each_strip(int64_t task, F f) const {
+    const int64_t channel = task % d_.channels;
+    const int64_t group = task / d_.channels / pieces_, piece = task / d_.channels % pieces_;
+    const int64_t begin = piece * length_, end = std::min(d_.inner, begin + length_);
+    if (begin >= end) return;
+    for (int64_t n = group * rows_; n < std::min(d_.outer, (group + 1) * rows_); ++n)
+      f((n * d_.channels + channel) * d_.inner + begin, end - begin);
+  }
+
+  Data<T> d_;
+  int64_t rows_, groups_, pieces_, length_;
+};
+
+// (values, C): a task is some lines. A line is one value of each channel, or several where channels are few.
+template <class T>
+class Columns {
+ public:
+  explicit Columns(const Data<T>& data) : d_(data) {
+    values_ = std::clamp<int64_t>(kWidth / d_.channels, 1, d_.outer);
+    width_ = values_ * d_.channels;
+    const int64_t all = (d_.outer + values_ - 1) / values_;
+    lines_ = std::max({kFewestLines, kTask / width_, (all + kMostTasks - 1) / kMostTasks});
+    tasks_ = (all + lines_ - 1) / lines_;
+    // As even as can be: the last task is waited for.
+    lines_ = (all + tasks_ - 1) / tasks_;
+    tasks_ = (all + lines_ - 1) / lines_;
+  }
+
+  int64_t tasks() const { return tasks_; }
+  int64_t task_size() const { return lines_ * width_; }
+  int64_t sums_per_task() const { return 2 * width_; }
+  int64_t width() const { return width_; }
+
+  template <bool kBackward>
+  void add(int64_t task, const double* centers, double* sums) const {
+    double* __restrict first = sums;
+    double* __restrict second = sums + width_;
+    std::fill_n(sums, 2 * width_, 0.0);
+    const auto [begin, end] = bounds(task);
+    const T *dy = d_.dy, *x = d_.x;
+    int64_t start = begin;
+    // Four lines at once: their terms meet in registers before they go to the sums in the cache.
+    for (; start + 4 * width_ <= end; start += 4 * width_) {
+#pragma omp simd
+      for (int64_t i = 0; i < width_; ++i) {
+        double u = 0, uw = 0;
+        for (int64_t line = 0; line < 4; ++line)
+          add_terms<kBackward>(dy, x, start + line * width_ + i, centers[i], u, uw);
+        first[i] += u;
+        second[i] += uw;
+      }
+    }
+    for (; start < end; start += width_) {
+      const int64_t length = std::min(width_, end - start);
+#pragma omp simd
+      for (int64_t i = 0; i < length; ++i) add_terms<kBackward>(dy, x, start + i, centers[i], first[i], second[i]);
+    }
+  }
+
+  void finish(const double* partial, double* first, double* second) const {
+    std::vector<double> lines(2 * width_);
+    for (int64_t task = 0; task < tasks_; ++task)
+      for (int64_t i = 0; i < 2 * width_; ++i) lines[i] += partial[task * 2 * width_ + i];
+    std::fill_n(first, d_.channels, 0.0);
+    std::fill_n(second, d_.channels, 0.0);
+    for (int64_t i = 0; i < width_; ++i) {
+      first[i % d_.channels] += lines[i];
+      second[i % d_.channels] += lines[width_ + i];
+    }
+  }
+
+  template <Apply kApply, class W>
+  void apply(int64_t task, const Coefficients<W>& by) const {
+    const auto [begin, end] = bounds(task);
+    for (int64_t start = begin; start < end; start += width_) {
+      const int64_t length = std::min(width_, end - start);
+      const T *dy = d_.dy + start, *x = d_.x + start;
+      T* out = d_.out + start;
+      const W *a = by.a.data(), *b = by.b.data(), *c = by.c.data(), *k = by.k.data();
+#pragma omp simd
+      for (int64_t i = 0; i < length; ++i) apply_one<kApply>(dy, x, out, i, a[i], b[i], c[i], k[i]);
+    }
+  }
+
+ private:
+  std::pair<int64_t, int64_t> bounds(int64_t task) const {
+    const int64_t size = d_.outer * d_.channels;
+    return {task * lines_ * width_, std::min(size, (task + 1) * lines_ * width_)};
+  }
+
+  Data<T> d_;
+  int64_t values_, width_, lines_, tasks_;
+};
+
+// --- Running tasks in torch's threads.
+
+template <class Order, class F>
+void run(ParallelFor parallel_for, const Order& order, F f) {
+  // Backwards: a second pass finds in the cache what the first one read last.
+  auto some = [](int64_t begin, int64_t end, void* context) {
+    for (int64_t task = end; task-- > begin;) (*static_cast<F*>(context))(task);
+  };
+  parallel_for(0, order.tasks(), std::max<int64_t>(1, kGrain / order.task_size()), some, &f);
+}
+
+// One vector for each channel, repeated where a line has several values of each.
+template <class Order>
+std::vector<double> spread(const Order& order, const double* vector, int64_t channels) {
+  std::vector<double> all(order.width());
+  for (int64_t i = 0; i < order.width(); ++i) all[i] = vector[i % channels];
+  return all;
+}
+
+template <class T, class F>
+void with_order(const Data<T>& data, F f) {
+  if (data.inner > 1) return f(Rows<T>(data));
+  f(Columns<T>(data));
+}
+
+// --- C-sized arithmetic, in double.
+
+// A vector of any of the dtypes; null stands for a constant.
+struct Vector {
+  const void* data;
+  int32_t dtype;
+
+  double at(int64_t i, double otherwise) const {
+    double value = otherwise;
+    if (data)
+      with_dtype(dtype, [&](auto like) { value = static_cast<double>(widen(static_cast<const decltype(like)*>(data)[i])); });
+    return value;
+  }
+};
+
+void store(void* data, int32_t dtype, int64_t i, double value) {
+  if (!data) return;
+  with_dtype(dtype, [&](auto like) {
+    using T = decltype(like);
+    narrow(static_cast<Wide<T>>(value), static_cast<T*>(data)[i]);
+  });
+}
+
+double value_or(const double* vector, int64_t i, double otherwise) { return vector ? vector[i] : otherwise; }
+
+// [n, sum, sum of squares, mean, population variance] from the sums of x - origin.
+void pack_moments(int64_t count, int64_t channels, const double* origin, const double* first, const double* second,
+                  double* moments) {
+  const double n = static_cast<double>(count);
+  moments[0] = n;
+  for (int64_t c = 0; c < channels; ++c) {
+    const double step = first[c] / n, mean = origin[c] + step;
+    // std::max(0, NaN) would hide a NaN.
+    const double found = second[c] / n - step * step, variance = found < 0 ? 0 : found;
+    moments[1 + c] = n * mean;
+    moments[1 + channels + c] = n * (variance + mean * mean);
+    moments[1 + 2 * channels + c] = mean;
+    moments[1 + 3 * channels + c] = variance;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Moments of x where `moments` is given, and (x - center) scale gain weight + ... where `y` is.
+void syncaccum_forward(ParallelFor parallel_for, int32_t dtype, int64_t outer, int64_t channels, int64_t inner,
+                       const void* x_, void* y_, double* moments, const double* center, const double* scale,
+                       const double* gain, const double* offset, const void* weight_, int32_t weight_dtype,
+                       const void* bias_, int32_t bias_dtype) {
+  with_dtype(dtype, [&](auto like) {
+    using T = decltype(like);
+    const T* x = static_cast<const T*>(x_);
+    with_order(Data<T>{outer, channels, inner, x, x, static_cast<T*>(y_)}, [&](const auto& order) {
+      std::vector<double> origin(moments ? channels : 0), partial(moments ? order.tasks() * order.sums_per_task() : 0);
+      // A value of its own: no value is further from the mean than sqrt(n) deviations, so that double loses
+      // n times 1e-16 of the variance at most, however large the mean is.
+      for (size_t c = 0; c < origin.size(); ++c) {
+        const double value = widen(x[c * inner]);
+        origin[c] = std::isfinite(value) ? value : 0;
+      }
+      const auto origins = moments ? spread(order, origin.data(), channels) : origin;
+      Coefficients<Wide<T>> by(y_ ? order.width() : 0);
+      if (y_) {
+        const Vector weight{weight_, weight_dtype}, bias{bias_, bias_dtype};
+        for (int64_t i = 0; i < order.width(); ++i) {
+          const int64_t c = i % channels;
+          const double factor = weight.at(c, 1);
+          const double shift = value_or(offset, c, 0) * factor + bias.at(c, 0);
+          by.set(i, 0, scale[c] * value_or(gain, c, 1) * factor, center[c], shift);
+        }
+      }
+      // Both at once where the output waits for no moment: each task reads its values twice, then from the cache.
+      run(parallel_for, order, [&](int64_t task) {
+        if (moments) order.template add<false>(task, origins.data(), &partial[task * order.sums_per_task()]);
+        if (y_) order.template apply<kOutput>(task, by);
+      });
+      if (moments) {
+        std::vector<double> first(channels), second(channels);
+        order.finish(partial.data(), first.data(), second.data());
+        pack_moments(outer * inner, channels, origin.data(), first.data(), second.data(), moments);
+      }
+    });
+  });
+}
+
+// The sums of dy and dy x_hat, unless they are known; gradients of weight and bias, and of x, where these are given.
+// A null `feedback` stands for statistics that are constants.
+void syncaccum_backward(ParallelFor parallel_for, int32_t dtype, int64_t outer, int64_t channels, int64_t inner,
+                        const void* dy_, const void* x_, void* dx_, double* sums, int32_t sums_known,
+                        const double* center, const double* scale, const double* gain, const double* offset,
+                        const void* weight_, int32_t weight_dtype, const double* feedback, int64_t feedback_stride,
+                        void* dweight, int32_t dweight_dtype, void* dbias, int32_t dbias_dtype) {
+  with_dtype(dtype, [&](auto like) {
+    using T = decltype(like);
+    const Data<T> data{outer, channels, inner, static_cast<const T*>(dy_), static_cast<const T*>(x_),
+                       static_cast<T*>(dx_)};
+    with_order(data, [&](const auto& order) {
+      double *first = sums, *second = sums + channels;
+      Coefficients<Wide<T>> by(order.width());
+      auto set_coefficients = [&] {
+        const Vector weight{weight_, weight_dtype};
+        for (int64_t i = 0; i < order.width(); ++i) {
+          const int64_t c = i % channels;
+          const double a = scale[c] * value_or(gain, c, 1) * weight.at(c, 1);
+          const double pull = feedback ? -a * feedback[c * feedback_stride] : 0;
+          by.set(i, a, feedback ? pull * scale[c] * second[c] : 0, center[c], feedback ? pull * first[c] : 0);
+        }
+      };
+      const bool at_once = dx_ && !feedback;
+      if (at_once) set_coefficients();
+      if (!sums_known) {
+        const auto centers = spread(order, center, channels);
+        std::vector<double> partial(order.tasks() * order.sums_per_task());
+        run(parallel_for, order, [&](int64_t task) {
+          order.template add<true>(task, centers.data(), &partial[task * order.sums_per_task()]);
+          if (at_once) order.template apply<kGradientOfConstants>(task, by);
+        });
+        order.finish(partial.data(), first, second);
+        for (int64_t c = 0; c < channels; ++c) second[c] *= scale[c];
+      } else if (at_once) {
+        run(parallel_for, order, [&](int64_t task) { order.template apply<kGradientOfConstants>(task, by); });
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        store(dweight, dweight_dtype, c, second[c] * value_or(gain, c, 1) + first[c] * value_or(offset, c, 0));
+        store(dbias, dbias_dtype, c, first[c]);
+      }
+      if (dx_ && feedback) {
+        set_coefficients();
+        run(parallel_for, order, [&](int64_t task) { order.template apply<kGradient>(task, by); });
+      }
+    });
+  });
+}
+
+}  // extern "C"
