@@ -180,7 +180,7 @@ def plan_quick(seeds: Sequence[int]) -> Plan:
         gradients=make_grid("mlp", (ANOTHER_WINDOW, *_MAIN, "exact"), (8,), one, steps=22),
         memory=[
             *make_grid("segment", (REFERENCE,), (32,), one),
-            *make_grid("segment", (*_MAIN, "exact"), (4,), one),
+            *make_grid("segment", ("batchnorm", "window", "lookahead", "exact"), (4,), one),
         ],
     )
 
