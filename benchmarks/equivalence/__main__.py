@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _start(parser, options)
     except ImportError as error:
-        parser.exit(1, f"{parser.prog}: error: {error}; pip install 'syncaccum[demo]' brings what it needs\n")
+        parser.exit(1, f"{parser.prog}: error: {error}; pip install 'syncaccum[experiment]' brings what it needs\n")
     except OSError as error:
         remedy = "make room or get the rights to write there, or give another folder; finished cases are kept"
         parser.exit(1, f"{parser.prog}: error: {error}; {remedy}\n")

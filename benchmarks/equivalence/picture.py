@@ -48,8 +48,7 @@ def draw_picture(path: Path, summaries: Sequence[Summary], memory: Sequence[Peak
         return
     figure = Figure(figsize=(9, 5.2), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for point in points:
-        _draw_point(axes, point)
+    _draw_points(axes, points)
     _dress(axes, points, size)
     figure.supxlabel(_describe(summaries), fontsize=_SMALL, x=0.01, ha="left", color="dimgrey")
     write_atomically(path, lambda file: save_png(figure, file))
@@ -87,20 +86,30 @@ def _find_setting(summaries: Sequence[Summary]) -> Group:
     return settings[0] if settings else Group(_TASK, own.lr, own.window, own.steps, 1, REFERENCE, own.window)
 
 
-def _draw_point(axes: Axes, point: Point) -> None:
+def _draw_points(axes: Axes, points: Sequence[Point]) -> None:
+    """Labels stand in two columns, each in the order of its scores, because points may lie close together."""
+    middle = max(point.mib for point in points) / 2
+    for side, x, align in ((False, 0.25, "left"), (True, 0.8, "right")):
+        column = sorted((p for p in points if (p.mib > middle) == side), key=lambda p: p.score)
+        for slot, point in enumerate(column):
+            _draw_point(axes, point, (x, (slot + 1) / (len(column) + 1)), align)
+
+
+def _draw_point(axes: Axes, point: Point, place: tuple[float, float], align: str) -> None:
+    """``place`` of the label is in shares of the axes."""
     label, colour = _MODES[point.policy]
     axes.errorbar(point.mib, point.score, point.spread, color=colour, marker="o", markersize=13, elinewidth=2)
-    # Beside the point on the side that has room: left of those at the right edge.
-    left = point.policy in (REFERENCE, "exact")
     axes.annotate(
         f"{label}: {point.score:.0f} %",
         (point.mib, point.score),
-        (-12 if left else 12, 8 if point.policy != "exact" else -18),
-        textcoords="offset points",
-        ha="right" if left else "left",
+        place,
+        textcoords="axes fraction",
+        ha=align,
+        va="center",
         color=colour,
         fontsize=_LARGE,
         fontweight="bold",
+        arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.5},
     )
 
 

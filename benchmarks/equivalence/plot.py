@@ -19,7 +19,7 @@ from benchmarks.equivalence.summary import Group, Summary, find_summary, list_se
 from launch.files import write_atomically
 
 _COLUMNS = 3
-_PALETTE = 128  # colours; the lines, their crossings and blurred edges do with it
+_PALETTE = 255  # colours; lines, their crossings and blurred edges do with it
 _DEEPEST = 3.0  # of quartile ranges below the middle that an axis shows
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; settings of one policy share a colour.

@@ -37,7 +37,8 @@ def _load_grey(name: str) -> np.ndarray:
     """Of mean 0 and deviation 1: brightness alone must not tell photographs apart."""
     with (importlib.resources.files("skimage") / "data" / name).open("rb") as file:
         grey = np.asarray(Image.open(file).convert("L"), dtype=np.float64)
-    return (grey - grey.mean()) / grey.std()
+    scaled: np.ndarray = (grey - grey.mean()) / grey.std()
+    return scaled
 
 
 def _make_mosaics(
