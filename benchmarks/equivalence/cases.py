@@ -20,12 +20,12 @@ class Setting:
 
 
 TASKS = {
-    "mlp": Setting(0.1, 200, 64, "%", chosen_on=True),
-    "resnet": Setting(0.1, 80, 64, "%", chosen_on=True),
-    "denoise": Setting(0.03, 120, 64, "dB", chosen_on=True),
-    "segment": Setting(0.1, 120, 32, "%", chosen_on=False),
-    "mnist": Setting(0.2, 80, 64, "%", chosen_on=False),
-    "finetune": Setting(0.03, 33, 64, "%", chosen_on=False),
+    "mlp": Setting(0.1, 120, 64, "%", chosen_on=True),
+    "resnet": Setting(0.1, 60, 64, "%", chosen_on=True),
+    "denoise": Setting(0.03, 100, 64, "dB", chosen_on=True),
+    "segment": Setting(0.05, 130, 32, "%", chosen_on=False),
+    "mnist": Setting(0.3, 64, 64, "%", chosen_on=False),
+    "finetune": Setting(0.1, 33, 64, "%", chosen_on=False),
     "resnet18": Setting(0.01, 40, 64, "%", chosen_on=False),
 }
 REFERENCE = "reference"

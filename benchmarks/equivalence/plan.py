@@ -14,7 +14,6 @@ PERMUTATIONS = 3
 _MAIN = ("batchnorm", "renorm", "window", "lookahead")
 _REST = ("mabn", "running", "batch", "renorm-prior2", "renorm-prior4", "renorm-ioffe")
 _CHEAPEST = 8  # samples in a micro-batch; for policies that do not depend on them
-_SIZES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def plan_full(seeds: Sequence[int]) -> Plan:
             *_plan_held_out(seeds),
             *_plan_extremes(few),
             *make_grid("mlp", (*_MAIN, "exact"), (4,), few, ranks=2),
-            *make_grid("denoise", (*_MAIN, "exact"), (4,), few, ranks=2),
+            *make_grid("denoise", (*_MAIN, "exact"), (4,), one, ranks=2),
             *_plan_double_precision(one),
         ],
         gradients=_plan_gradients(one),
@@ -81,13 +80,15 @@ def plan_full(seeds: Sequence[int]) -> Plan:
 
 
 def _plan_chosen_on(seeds: Sequence[int]) -> list[Case]:
-    few, one = seeds[:2], seeds[:1]
+    some, few, one = seeds[:3], seeds[:2], seeds[:1]
     return [
-        *make_grid("mlp", _MAIN, _SIZES, seeds),
+        *make_grid("mlp", _MAIN, (1, 4), seeds),
+        *make_grid("mlp", _MAIN, (2, 8), some),
         *make_grid("mlp", FROM_SAMPLES, (_CHEAPEST,), seeds),
-        *make_grid("mlp", (*_REST, "exact"), (1, 4), few),
+        *make_grid("mlp", (*_REST, "exact"), (4,), few),
+        *make_grid("mlp", (*_REST, "exact"), (1,), one),
         *make_grid("denoise", _MAIN, (1, 4), seeds),
-        *make_grid("denoise", _MAIN, (2, 8), few),
+        *make_grid("denoise", _MAIN, (2, 8), one),
         *make_grid("denoise", FROM_SAMPLES, (_CHEAPEST,), seeds),
         *make_grid("denoise", (*_REST, "exact"), (4,), few),
         *make_grid("denoise", (*_REST, "exact"), (1,), one),
@@ -99,16 +100,21 @@ def _plan_chosen_on(seeds: Sequence[int]) -> list[Case]:
 
 
 def _plan_held_out(seeds: Sequence[int]) -> list[Case]:
-    few, one = seeds[:2], seeds[:1]
+    some, few, one = seeds[:3], seeds[:2], seeds[:1]
     return [
-        *make_grid("segment", _MAIN, (1, 2, 4), seeds),
+        *make_grid("segment", _MAIN, (1,), seeds),
+        *make_grid("segment", _MAIN, (2,), some),
+        *make_grid("segment", _MAIN, (4,), few),
         *make_grid("segment", FROM_SAMPLES, (_CHEAPEST,), seeds),
-        *make_grid("segment", (*_REST, "exact"), (2,), few),
-        *make_grid("mnist", _MAIN, _SIZES, seeds),
+        *make_grid("segment", (*_REST, "exact"), (1,), one),
+        *make_grid("segment", ("mabn", "exact"), (2,), few),
+        *make_grid("mnist", _MAIN, (1, 4), seeds),
+        *make_grid("mnist", _MAIN, (2, 8), some),
         *make_grid("mnist", FROM_SAMPLES, (_CHEAPEST,), seeds),
         *make_grid("mnist", (*_REST, "exact"), (2,), few),
-        *make_grid("finetune", _MAIN, (1, 4), few),
-        *make_grid("finetune", (*_MAIN, "running", "mabn"), (2,), few),
+        *make_grid("finetune", _MAIN, (1,), one),
+        *make_grid("finetune", _MAIN, (2, 4), few),
+        *make_grid("finetune", ("running", "mabn", "exact"), (4,), few),
         *make_grid("finetune", FROM_SAMPLES, (_CHEAPEST,), few),
         *make_grid("resnet18", _MAIN, (4,), one),
         *make_grid("resnet18", (*_MAIN, "mabn", *FROM_SAMPLES), (_CHEAPEST,), one),
@@ -157,7 +163,7 @@ def _plan_memory(seeds: Sequence[int]) -> list[Case]:
     measured = (*_MAIN, "exact")
     return [
         *make_grid("segment", (REFERENCE,), (32,), seeds),
-        *make_grid("segment", (*measured, "mabn"), (1, 2, 4), seeds),
+        *make_grid("segment", (*measured, "mabn"), (1, 4), seeds),
         *make_grid("segment", FROM_SAMPLES, (1,), seeds),
         *make_grid("resnet18", (REFERENCE,), (64,), seeds),
         *make_grid("resnet18", measured, (4,), seeds),
