@@ -90,7 +90,8 @@ def save_png(figure: Figure, file: IO[bytes]) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba()))  # type: ignore[no-untyped-call]
-    picture.convert("RGB").quantize(_PALETTE, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    few = picture.convert("RGB").quantize(_PALETTE, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(file, "PNG", optimize=True)
 
 
 def _draw_scores(axes: Axes, summaries: Sequence[Summary], setting: Group) -> None:
