@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +24,11 @@ from launch.placement import Placement
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Medians over the steps; ``error`` is relative, in the 2-norm of all parameters together."""
+    """Medians over the steps, None where not finite; ``error`` is relative, in the 2-norm of all parameters together."""
 
     case: Case
-    error: float
-    cosine: float
+    error: float | None
+    cosine: float | None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), allow_nan=False)
@@ -52,7 +53,14 @@ def compare_gradients(case: Case) -> Fidelity:
         errors.append(error)
         cosines.append(cosine)
         reference.apply_gradient()
-    return Fidelity(case, statistics.median(errors), statistics.median(cosines))
+    return Fidelity(case, _find_median(errors), _find_median(cosines))
+
+
+def _find_median(values: list[float]) -> float | None:
+    # A step that overflowed counts as the worst; NaN has no place in an order.
+    ordered = sorted(math.inf if math.isnan(value) else value for value in values)
+    median = statistics.median(ordered)
+    return median if math.isfinite(median) else None
 
 
 def _copy_weights(source: nn.Module, target: nn.Module) -> None:

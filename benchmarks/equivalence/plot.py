@@ -110,7 +110,7 @@ def _draw_scores(axes: Axes, summaries: Sequence[Summary], setting: Group) -> No
 
 def _draw_gradients(axes: Axes, fidelities: Sequence[Fidelity]) -> None:
     for fidelity in fidelities:
-        if fidelity.case.policy == ANOTHER_WINDOW:
+        if fidelity.case.policy == ANOTHER_WINDOW and fidelity.cosine is not None:
             axes.axhline(fidelity.cosine, color="black", linestyle=":", label="another window's gradient")
     sizes = {f.case.micro_batch for f in fidelities if f.case.policy not in (ANOTHER_WINDOW, *FROM_SAMPLES)}
     for policy in POLICIES:
@@ -118,7 +118,7 @@ def _draw_gradients(axes: Axes, fidelities: Sequence[Fidelity]) -> None:
             (size, f.cosine, 0.0)
             for f in fidelities
             for size in (sorted(sizes) if policy in FROM_SAMPLES else [f.case.micro_batch])
-            if f.case.policy == policy
+            if f.case.policy == policy and f.cosine is not None
         ]
         _draw_line(axes, policy, sorted(points))
     _dress(axes, f"{fidelities[0].case.task}: gradient", "micro-batch size", "cosine to the large batch's")

@@ -71,12 +71,18 @@ def build_gradient_table(fidelities: Sequence[Fidelity]) -> Table:
     columns = list(dict.fromkeys((f.case.task, f.case.micro_batch) for f in fidelities))
     for task, size in columns:
         table.add_column(f"{task} {size}", justify="right")
-    cells = {(f.case.policy, f.case.task, f.case.micro_batch): f"{f.error:.2g}, {f.cosine:.3f}" for f in fidelities}
+    cells = {(f.case.policy, f.case.task, f.case.micro_batch): _describe_fidelity(f) for f in fidelities}
     for policy in (ANOTHER_WINDOW, *POLICIES):
         row = [cells.get((policy, *column), "") for column in columns]
         if any(row):
             table.add_row(policy, *row)
     return table
+
+
+def _describe_fidelity(fidelity: Fidelity) -> str:
+    if fidelity.error is None or fidelity.cosine is None:
+        return "overflow"
+    return f"{fidelity.error:.2g}, {fidelity.cosine:.3f}"
 
 
 def build_memory_table(peaks: Sequence[Peak]) -> Table:

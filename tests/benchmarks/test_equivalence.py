@@ -366,6 +366,13 @@ def test_the_gradient_of_exact_is_the_large_batchs_and_another_windows_is_not() 
     assert compare_gradients(other).cosine < 0.9
 
 
+def test_a_gradient_that_overflows_is_recorded_as_none() -> None:
+    (case,) = make_grid("mlp", ("batchnorm",), (8,), (0,), steps=3, lr=1e38)
+    fidelity = compare_gradients(case)
+    assert (fidelity.error, fidelity.cosine) == (None, None)
+    assert json.loads(fidelity.to_json())["error"] is None
+
+
 def test_a_policys_gradient_is_compared_at_the_references_weights() -> None:
     """BatchNorm on micro-batches as large as the window is the reference, at every step."""
     (case,) = make_grid("mlp", ("batchnorm",), (64,), (0,), steps=4)
