@@ -24,7 +24,7 @@ from launch.placement import Placement
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Medians over the steps, None where not finite; ``error`` is relative, in the 2-norm of all parameters together."""
+    """Medians over the steps, None where not finite; ``error`` is relative, in the 2-norm of all parameters."""
 
     case: Case
     error: float | None
