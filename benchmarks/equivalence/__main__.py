@@ -13,15 +13,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.equivalence.cases import (
-    POLICIES,
-    TASKS,
-    Case,
-    Limits,
-    add_references,
-    plan_full,
-    plan_quick,
-)
+from benchmarks.equivalence.cases import ANOTHER_WINDOW, POLICIES, REFERENCE, TASKS
+from benchmarks.equivalence.plan import Limits, Plan, plan_full, plan_quick
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _start(parser, options)
     except ImportError as error:
-        parser.exit(1, f"{parser.prog}: error: {error}; pip install 'syncaccum[demo]' brings what it needs\n")
+        parser.exit(1, f"{parser.prog}: error: {error}; pip install 'syncaccum[experiment]' brings what it needs\n")
     except OSError as error:
         remedy = "make room or get the rights to write there, or give another folder; finished cases are kept"
         parser.exit(1, f"{parser.prog}: error: {error}; {remedy}\n")
@@ -41,23 +34,23 @@ def _start(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     if options.redraw:
         _redraw(Path(options.redraw))
         return
-    plan = (plan_quick if options.quick else plan_full)(list(dict.fromkeys(options.seeds)), options.dtype)
+    plan = (plan_quick if options.quick else plan_full)(list(dict.fromkeys(options.seeds)))
     limits = Limits(options.tasks, options.policies, options.micro_batches, options.lrs, options.ranks, options.steps)
-    cases = add_references(limits.apply(plan))
-    if not cases:
-        parser.error("no training is left: the options that limit the plan exclude each other")
-    _run(cases, Path(options.output), options.publish and Path(options.publish))
+    plan = limits.apply(plan)
+    if not plan:
+        parser.error("no case is left: the options that limit the plan exclude each other")
+    _run(plan, Path(options.output), options.publish and Path(options.publish))
 
 
-def _run(cases: Sequence[Case], output: Path, publish: Path | None) -> None:
+def _run(plan: Plan, output: Path, publish: Path | None) -> None:
     # Late: torch takes seconds to import, and a mistyped option should not wait for it.
     import torch
 
     from benchmarks.equivalence.report import report
-    from benchmarks.equivalence.runner import run_cases
+    from benchmarks.equivalence.runner import run
 
     torch.set_num_threads(1)  # small images: a second thread only waits
-    report(run_cases(cases, output), [output] if publish is None else [output, publish])
+    report(run(plan, output), [output] if publish is None else [output, publish])
 
 
 def _redraw(folder: Path) -> None:
@@ -87,7 +80,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     scale = parser.add_mutually_exclusive_group()
     scale.add_argument("--quick", action="store_true", help="a small part of the plan, for a minute on one core")
-    scale.add_argument("--full", action="store_true", help="the whole plan, for a quarter of an hour (default)")
+    scale.add_argument("--full", action="store_true", help="the whole plan, for an hour and a half (default)")
     scale.add_argument("--redraw", metavar="FOLDER", help="train nothing; draw the pictures of its equivalence.json")
     add = parser.add_argument
     add("--output", default="runs/equivalence", help="folder for finished cases, JSON and plot (default: %(default)s)")
@@ -96,14 +89,16 @@ def _build_parser() -> argparse.ArgumentParser:
         "--seeds",
         type=int,
         nargs="+",
-        default=[0, 1],
-        help="of weights and data order; parts of the plan use the first",
+        default=[0, 1, 2, 3, 4],
+        help="of weights and data order; long parts of the plan use the first, or the first two",
     )
-    add("--dtype", choices=("float32", "float64"), default="float32", help="of all but the float64 part of the plan")
-    limits = parser.add_argument_group("limits", "run only this part of the plan, and the references it needs")
+    limits = parser.add_argument_group(
+        "limits",
+        "run only this part of the plan, and the references it needs; two processes may share an output folder",
+    )
     add = limits.add_argument
     add("--tasks", nargs="+", choices=TASKS)
-    add("--policies", nargs="+", choices=POLICIES)
+    add("--policies", nargs="+", choices=(*POLICIES, REFERENCE, ANOTHER_WINDOW))
     add("--micro-batches", nargs="+", type=int, metavar="SAMPLES")
     add("--lrs", nargs="+", type=float, metavar="RATE")
     add("--ranks", nargs="+", type=int, metavar="NUMBER")

@@ -1,129 +1,134 @@
-"""The README's picture: test accuracy by micro-batch size, for a reader who has five seconds."""
+"""The README's picture: what each mode scores, and the memory that it takes, for a reader who has five seconds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, PercentFormatter
 
-from benchmarks.equivalence.cases import REFERENCE, WINDOW, Case
+from benchmarks.equivalence.cases import REFERENCE, TASKS
+from benchmarks.equivalence.memory import Peak
 from benchmarks.equivalence.plot import save_png
-from benchmarks.equivalence.results import Result
+from benchmarks.equivalence.summary import Group, Summary, find_summary
 from launch.files import write_atomically
 
-_TASK, _LR = "mlp", 0.1  # the setting whose every micro-batch size was tried
+_TASK = "segment"  # held out, and the case that people write about
 _LARGE, _SMALL = 15, 11.5  # points; a README shows the picture at about two thirds of its size
-_PLAIN, _OURS, _WHOLE = "#D55E00", "#0072B2", "black"  # of Okabe and Ito, as in the full figure
-_FLOOR = 0.08  # of the accuracy axis: where a cross stands for a training that there is not
+_LABEL_HEIGHT = 0.1  # of the axes, with some air
+_MIB = 2**20
 
-Points = dict[int, float]
-"""Accuracy by micro-batch size."""
+# Name and colour of each mode, of Okabe and Ito's; ours are blue and green.
+_MODES = {
+    "batchnorm": ("plain BatchNorm", "#D55E00"),
+    "renorm": ("renorm", "#56B4E9"),
+    "window": ("window", "#0072B2"),
+    "lookahead": ("lookahead", "#009E73"),
+    "exact": ("lockstep", "#CC79A7"),
+    REFERENCE: ("large batch", "black"),
+}
 
 
-def draw_picture(path: Path, results: Sequence[Result]) -> None:
-    """Write a PNG, if plain BatchNorm, syncaccum and the large batch are among the results."""
-    shown = [r for r in results if _is_shown(r.case)]
-    whole, ours, plain = (average_scores(shown, policy) for policy in (REFERENCE, "renorm", "batchnorm"))
-    if not (whole and ours and plain):
+@dataclass(frozen=True)
+class Point:
+    """A mode: score in the task's unit, its spread over seeds, peak of a step's memory in MiB."""
+
+    policy: str
+    score: float
+    spread: float
+    mib: float
+
+
+def draw_picture(path: Path, summaries: Sequence[Summary], memory: Sequence[Peak]) -> None:
+    """Write a PNG, if plain BatchNorm and the large batch are among the results."""
+    size = choose_size(memory)
+    points = collect_points(summaries, memory, size)
+    if not {"batchnorm", REFERENCE} <= {point.policy for point in points}:
         return
     figure = Figure(figsize=(9, 5.2), dpi=120, layout="constrained")
     axes = figure.subplots()
-    _draw_lines(axes, whole, ours, plain)
-    _draw_failures(axes, shown)
-    _dress(axes, shown)
-    figure.supxlabel(_describe(shown), fontsize=_SMALL, x=0.01, ha="left", color="dimgrey")
+    _dress(axes, points, size)
+    _draw_points(axes, points)
+    figure.supxlabel(_describe(summaries), fontsize=_SMALL, x=0.01, ha="left", color="dimgrey")
     write_atomically(path, lambda file: save_png(figure, file))
 
 
-def _is_shown(case: Case) -> bool:
-    return (case.task, case.lr, case.dtype, case.ranks, case.permutation) == (_TASK, _LR, "float32", 1, 0)
+def choose_size(memory: Sequence[Peak]) -> int:
+    """The smallest micro-batch that all modes were tried at."""
+    sizes: dict[int, int] = {}
+    for peak in memory:
+        if peak.case.task == _TASK and peak.case.policy in _MODES and peak.case.policy != REFERENCE:
+            sizes[peak.case.micro_batch] = sizes.get(peak.case.micro_batch, 0) + 1
+    return min(sizes, key=lambda size: (-sizes[size], size), default=0)
 
 
-def average_scores(results: Sequence[Result], policy: str) -> Points:
-    """Means over the seeds of each micro-batch size; no point where a training failed.
-
-    The large batch is averaged over the same seeds, so that each point stands beside its own reference.
-    """
-    points = {}
-    for size, seeds in _seeds_by_size(results).items():
-        own_size = WINDOW if policy == REFERENCE else size
-        cases = [r for r in results if (r.case.policy, r.case.micro_batch) == (policy, own_size)]
-        scores = [r.score for r in cases if r.case.seed in seeds]
-        trained = [score for score in scores if score is not None]
-        if trained and len(trained) == len(scores):
-            points[size] = mean(trained)
+def collect_points(summaries: Sequence[Summary], memory: Sequence[Peak], size: int) -> list[Point]:
+    """Modes of which both score and memory are known; exact has the large batch's score, if its own was not run."""
+    peaks = {
+        peak.case.policy: peak.bytes / _MIB
+        for peak in memory
+        if peak.case.task == _TASK and (peak.case.policy == REFERENCE or peak.case.micro_batch == size)
+    }
+    points = []
+    for policy in _MODES:
+        summary = find_summary(summaries, _find_setting(summaries), policy, size)
+        if policy == "exact" and summary is None:
+            summary = find_summary(summaries, _find_setting(summaries), REFERENCE, size)
+        if policy in peaks and summary is not None and summary.mean is not None:
+            points.append(Point(policy, summary.mean, summary.spread or 0.0, peaks[policy]))
     return points
 
 
-def _seeds_by_size(results: Sequence[Result]) -> dict[int, set[int]]:
-    sizes = sorted({r.case.micro_batch for r in results if r.case.policy != REFERENCE})
-    return {
-        size: {r.case.seed for r in results if r.case.policy != REFERENCE and r.case.micro_batch == size}
-        for size in sizes
-    }
+def _find_setting(summaries: Sequence[Summary]) -> Group:
+    own = TASKS[_TASK]
+    settings = [s.group.setting for s in summaries if s.group.task == _TASK and s.group.is_own]
+    return settings[0] if settings else Group(_TASK, own.lr, own.window, own.steps, 1, REFERENCE, own.window)
 
 
-def _draw_lines(axes: Axes, whole: Points, ours: Points, plain: Points) -> None:
-    axes.plot(*_split(plain), color=_PLAIN, linewidth=4, marker="o", markersize=9)
-    axes.plot(*_split(ours), color=_OURS, linewidth=4, marker="o", markersize=9)
-    axes.plot(*_split(whole), color=_WHOLE, linewidth=2, linestyle="--")
-    _write(axes, (min(whole), max(whole.values())), (0, 8), "dashed: all 64 images at once", _WHOLE)
-    lowest = min(ours, key=ours.__getitem__)
-    _write(axes, (lowest, ours[lowest]), (-60, -28), f"syncaccum: {ours[lowest]:.0%}", _OURS, weight="bold")
-    lowest = min(plain, key=plain.__getitem__)
-    _write(axes, (lowest, plain[lowest]), (16, -6), f"plain BatchNorm: {plain[lowest]:.0%}", _PLAIN, weight="bold")
+def _draw_points(axes: Axes, points: Sequence[Point]) -> None:
+    """Points at the left may lie close together: their labels stand in a column, apart from each other."""
+    middle = max(point.mib for point in points) / 2
+    lowest, highest = axes.get_ylim()
+    free = -1.0
+    for point in sorted(points, key=lambda point: point.score):
+        label, colour = _MODES[point.policy]
+        axes.errorbar(point.mib, point.score, point.spread, color=colour, marker="o", markersize=13, elinewidth=2)
+        text: dict[str, Any] = {"color": colour, "fontsize": _LARGE, "fontweight": "bold"}
+        words = f"{label}: {point.score:.0f} %"
+        if point.mib > middle:
+            # The large batch's label above, lockstep's below: they score alike.
+            offset = (-12, 14 if point.policy == REFERENCE else -24)
+            axes.annotate(words, (point.mib, point.score), offset, textcoords="offset points", ha="right", **text)
+            continue
+        free = max(free, (point.score - lowest) / (highest - lowest))
+        line: dict[str, Any] = {"arrowstyle": "-", "color": colour, "alpha": 0.5}
+        place: dict[str, Any] = {"textcoords": "axes fraction", "va": "center", "arrowprops": line}
+        axes.annotate(words, (point.mib, point.score), (0.2, free), **place, **text)
+        free += _LABEL_HEIGHT
 
 
-def _split(points: Points) -> tuple[list[int], list[float]]:
-    return list(points), list(points.values())
-
-
-def _write(
-    axes: Axes, at: tuple[float, float], offset: tuple[float, float], text: str, colour: str, weight: str = "normal"
-) -> None:
-    """Text beside a point; ``offset`` is in points."""
-    axes.annotate(
-        text, at, offset, textcoords="offset points", color=colour, fontsize=_LARGE, fontweight=weight, clip_on=False
-    )
-
-
-def _draw_failures(axes: Axes, results: Sequence[Result]) -> None:
-    """Where plain BatchNorm raises an error instead of training."""
-    for size in {r.case.micro_batch for r in results if r.case.policy == "batchnorm" and r.outcome == "cannot"}:
-        axes.plot(size, _FLOOR, "x", color=_PLAIN, markersize=13, markeredgewidth=4, clip_on=False)
-        _write(axes, (size, _FLOOR), (16, -6), "plain BatchNorm: error", _PLAIN, weight="bold")
-
-
-def _dress(axes: Axes, results: Sequence[Result]) -> None:
-    seeds = _seeds_by_size(results)
-    axes.set_title("Gradient accumulation, 64 images per step", fontsize=_LARGE + 3, loc="left", pad=10)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(list(seeds), [str(size) for size in seeds])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(ylim=(0, 1.1), yticks=[0, 0.25, 0.5, 0.75, 1])
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_xlabel("images per micro-batch", fontsize=_LARGE)
-    axes.set_ylabel("test accuracy", fontsize=_LARGE)
+def _dress(axes: Axes, points: Sequence[Point], size: int) -> None:
+    images = "image" if size == 1 else "images"
+    title = f"Segmentation, {TASKS[_TASK].window} images per step, {size} {images} at a time"
+    axes.set_title(title, fontsize=_LARGE + 3, loc="left", pad=10)
+    axes.set_xlim(0, 1.15 * max(point.mib for point in points))
+    lowest, highest = (edge(p.score + sign * p.spread for p in points) for edge, sign in ((min, -1), (max, 1)))
+    margin = 0.1 * max(highest - lowest, 1.0)
+    axes.set_ylim(lowest - margin, highest + 2 * margin)
+    axes.set_xlabel("memory of a step, MiB (left is better)", fontsize=_LARGE)
+    axes.set_ylabel("overlap, % (up is better)", fontsize=_LARGE)
     axes.tick_params(labelsize=_LARGE)
-    axes.grid(axis="y", alpha=0.3)
+    axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _describe(results: Sequence[Result]) -> str:
-    """The data behind the picture, in two lines."""
-    sizes: dict[int, list[str]] = {}
-    for size, seeds in _seeds_by_size(results).items():
-        sizes.setdefault(len(seeds), []).append(str(size))
-    means = [
-        f"over {number} seed{'s' * (number > 1)} at {' and '.join(sizes[number])} images"
-        for number in sorted(sizes, reverse=True)
-    ]
-    steps = max(r.case.steps for r in results)
+def _describe(summaries: Sequence[Summary]) -> str:
+    setting = _find_setting(summaries)
+    seeds = max(s.seeds for s in summaries if s.group.setting == setting)
     return (
-        f"scikit-learn's digits, perceptron with 3 BatchNorm layers, SGD with learning rate {_LR}, {steps} steps.\n"
-        f"Means {', '.join(means)} per micro-batch."
+        f"Mosaics of photographs inside scikit-image, network with 8 BatchNorm layers, SGD, {setting.steps} steps.\n"
+        f"Means over up to {seeds} seed{'s' * (seeds > 1)}; lines are standard deviations over them."
     )

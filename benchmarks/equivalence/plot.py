@@ -1,8 +1,9 @@
-"""The picture of the experiment: loss curves, distance of weights to the reference, accuracy over micro-batch size."""
+"""The full picture: the score of every policy by micro-batch, for each task; gradients; windows; learning rates."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,49 +11,78 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
-from benchmarks.equivalence.cases import POLICIES, REFERENCE, Case
-from benchmarks.equivalence.results import Result
+from benchmarks.equivalence.cases import ANOTHER_WINDOW, FROM_SAMPLES, POLICIES, REFERENCE, TASKS
+from benchmarks.equivalence.gradients import Fidelity
+from benchmarks.equivalence.summary import Group, Summary, find_summary, list_settings, list_sizes
 from launch.files import write_atomically
 
-_ROWS = ("resnet", "mlp")
-_MICRO_BATCH = 4  # of the curves, where there is one: small enough to tell the policies apart
-_SMOOTHING = 5  # steps; single batches jump more than the policies differ
-_PALETTE = 128  # colours; eight lines, their crossings and blurred edges do with it
-_HIGHEST_LOSS = 10.0  # of digits: four times that of guessing; what is above is on its way to infinity
+_COLUMNS = 3
+_PALETTE = 255  # colours; lines, their crossings and blurred edges do with it
+_DEEPEST = 3.0  # of quartile ranges below the middle that an axis shows
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-_COLOURS = ("#E69F00", "#999999", "#D55E00", "#F0E442", "#0072B2", "#56B4E9", "#CC79A7", "#009E73")
+# Okabe and Ito's colours, which the colour-blind can tell apart; settings of one policy share a colour.
 _STYLES: dict[str, dict[str, Any]] = {
-    policy: {"color": colour, "linewidth": 1.3, "marker": marker, "markersize": 4.5}
-    for policy, colour, marker in zip(POLICIES, _COLOURS, "svXPoD^*", strict=True)
+    "batchnorm": {"color": "#D55E00", "marker": "s"},
+    "groupnorm": {"color": "#999999", "marker": "v"},
+    "online": {"color": "#999999", "marker": "d", "linestyle": "--"},
+    "mabn": {"color": "#F0E442", "marker": "P"},
+    "running": {"color": "#E69F00", "marker": "X"},
+    "batch": {"color": "#D55E00", "marker": "x", "linestyle": ":"},
+    "renorm": {"color": "#56B4E9", "marker": "D"},
+    "renorm-prior2": {"color": "#56B4E9", "marker": "<", "linestyle": "--"},
+    "renorm-prior4": {"color": "#56B4E9", "marker": ">", "linestyle": ":"},
+    "renorm-ioffe": {"color": "#56B4E9", "marker": "^", "linestyle": "-."},
+    "window": {"color": "#0072B2", "marker": "o"},
+    "lookahead": {"color": "#009E73", "marker": "*"},
+    "exact": {"color": "#CC79A7", "marker": "h", "linestyle": "--"},
 }
-_REFERENCE_STYLE: dict[str, Any] = {"color": "black", "linewidth": 4, "alpha": 0.5}
 _LABELS = {
     "batchnorm": "BatchNorm per micro-batch",
     "groupnorm": "GroupNorm",
-    "renorm": "renorm (default)",
-    "renorm-prior0": "renorm, prior 0",
+    "online": "Online Normalization",
+    "mabn": "MABN's averages",
+    "renorm-prior2": "renorm, prior 2",
+    "renorm-prior4": "renorm, prior 4",
     "renorm-ioffe": "renorm, prior 0, r 3, d 5",
     "exact": "exact (lockstep)",
-    REFERENCE: "reference: BatchNorm, whole window",
 }
+_Points = list[tuple[float, float, float]]
+"""Where, how much, and its standard deviation."""
 
 
-def draw_plot(path: Path, results: Sequence[Result]) -> None:
-    """A row of panels for each task that has one, of the first seed on one rank, as a PNG."""
-    tasks = [task for task in _ROWS if any(r.case.task == task for r in results)] or [results[0].case.task]
-    figure = Figure(figsize=(13, 0.9 + 3.4 * len(tasks)), layout="constrained")
-    for row, task in zip(figure.subplots(len(tasks), 3, squeeze=False), tasks, strict=True):
-        _draw_row(row, [r for r in results if r.case.task == task])
+def draw_plot(path: Path, summaries: Sequence[Summary], gradients: Sequence[Fidelity]) -> None:
+    """A panel for each task; then gradients, window lengths and learning rates where they were measured."""
+    own = [setting for setting in list_settings(summaries) if setting.is_own]
+    with_gradients = list(dict.fromkeys(fidelity.case.task for fidelity in gradients))
+    others = [setting for setting in list_settings(summaries) if not setting.is_own and setting.ranks == 1]
+    by_window = list(dict.fromkeys(s.task for s in others if s.window != TASKS[s.task].window))
+    by_rate = list(dict.fromkeys(s.task for s in others if s.lr != TASKS[s.task].lr))
+    panels = len(own) + len(with_gradients) + len(by_window) + len(by_rate)
+    rows = math.ceil(panels / _COLUMNS)
+    figure = Figure(figsize=(13, 0.9 + 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, _COLUMNS, squeeze=False).flat
+    for setting in own:
+        _draw_scores(next(axes), summaries, setting)
+    for task in with_gradients:
+        _draw_gradients(next(axes), [fidelity for fidelity in gradients if fidelity.case.task == task])
+    for task in by_window:
+        _draw_extremes(next(axes), summaries, task, "window")
+    for task in by_rate:
+        _draw_extremes(next(axes), summaries, task, "lr")
+    for unused in axes:
+        unused.set_axis_off()
+    _add_legend(figure)
+    write_atomically(path, lambda file: save_png(figure, file))
+
+
+def _add_legend(figure: Figure) -> None:
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    write_atomically(path, lambda file: save_png(figure, file))
 
 
 def save_png(figure: Figure, file: IO[bytes]) -> None:
@@ -60,95 +90,81 @@ def save_png(figure: Figure, file: IO[bytes]) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba()))  # type: ignore[no-untyped-call]
-    picture.convert("RGB").quantize(_PALETTE, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    few = picture.convert("RGB").quantize(_PALETTE, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(file, "PNG", optimize=True)
 
 
-def _draw_row(row: Sequence[Axes], results: Sequence[Result]) -> None:
-    shown = _choose_shown([r.case for r in results])
-    alike = [r for r in results if (r.case.lr, r.case.seed, r.case.ranks) == (shown.lr, shown.seed, 1)]
-    curves = [r for r in alike if r.case.steps == shown.steps and r.case.dtype == shown.dtype]
-    permuted = [r for r in curves if r.case.permutation]
-    curves = [r for r in curves if r.case.micro_batch in (shown.micro_batch, shown.reference.micro_batch)]
-    curves = [r for r in curves if not r.case.permutation]
-    precise = [r for r in alike if r.case.dtype != shown.dtype and r.case.policy == "exact"]
-    _draw_losses(row[0], curves, permuted)
-    _draw_distances(row[1], curves, permuted, precise)
-    _draw_scores(row[2], [r for r in alike if r.case.dtype == shown.dtype])
-    for axes in row[:2]:
-        axes.set_title(f"{shown.task}, micro-batch {shown.micro_batch}, learning rate {shown.lr:g}", fontsize=10)
-    row[2].set_title(f"{shown.task}, learning rate {shown.lr:g}", fontsize=10)
-
-
-def _choose_shown(cases: Sequence[Case]) -> Case:
-    """The setting whose curves are drawn; of several, the first in the plan."""
-    accumulating = [case for case in cases if case.policy != REFERENCE and case.ranks == 1] or cases
-    return max(accumulating, key=lambda case: (case.steps, case.micro_batch == _MICRO_BATCH))
-
-
-def _draw_losses(axes: Axes, curves: Sequence[Result], permuted: Sequence[Result]) -> None:
-    for result in permuted:
-        axes.plot(_number(result.losses), _smooth(result.losses), color="black", linewidth=0.6, alpha=0.4)
-    for result in curves:
-        policy, losses = result.case.policy, _smooth(result.losses)
-        if policy == REFERENCE:
-            axes.plot(_number(losses), losses, label=_label(policy), **_REFERENCE_STYLE)
-        else:
-            axes.plot(_number(losses), losses, label=_label(policy), markevery=20, **_STYLES[policy])
-        if result.outcome == "diverged":
-            # At the upper edge, wherever the curve has left the picture.
-            axes.plot(len(losses), 0.97, "x", color=_STYLES[policy]["color"], transform=axes.get_xaxis_transform())
-    axes.set(xlabel="optimizer step", ylabel=f"training loss, mean of {_SMOOTHING} steps", yscale="log")
-    axes.set_ylim(top=min(axes.get_ylim()[1], _HIGHEST_LOSS))
-
-
-def _number(losses: Sequence[float]) -> range:
-    return range(1, len(losses) + 1)
-
-
-def _smooth(losses: Sequence[float]) -> list[float]:
-    parts = [losses[max(0, end - _SMOOTHING) : end] for end in range(1, len(losses) + 1)]
-    return [sum(part) / len(part) for part in parts]
-
-
-def _draw_distances(
-    axes: Axes, curves: Sequence[Result], permuted: Sequence[Result], precise: Sequence[Result]
-) -> None:
-    steps = sorted(set.intersection(*(set(r.distances) for r in permuted))) if permuted else []
-    if steps:
-        low, high = ([edge(r.distances[step] for r in permuted) for step in steps] for edge in (min, max))
-        label = "reference, permuted inside batches"
-        axes.fill_between(steps, low, high, color="black", alpha=0.25, linewidth=0, label=label)
-    for result in curves:
-        if result.case.policy != REFERENCE and result.distances:
-            policy = result.case.policy
-            axes.plot(list(result.distances), list(result.distances.values()), label=_label(policy), **_STYLES[policy])
-    for result in precise[:1]:
-        label = f"exact, {result.case.dtype}"
-        style = {**_STYLES["exact"], "linestyle": "--"}
-        axes.plot(list(result.distances), list(result.distances.values()), label=label, **style)
-    axes.set(xlabel="optimizer step", ylabel="relative distance of weights to reference", xscale="log", yscale="log")
-
-
-def _draw_scores(axes: Axes, results: Sequence[Result]) -> None:
-    scores = [(r.case, r.score) for r in results if r.score is not None]
-    references = [score for case, score in scores if case.policy == REFERENCE]
-    if references:
-        axes.axhspan(min(references), max(references), color="black", alpha=0.25, linewidth=0)
-    for case, score in scores:
-        if case == case.reference:
-            axes.axhline(score, **_REFERENCE_STYLE)
+def _draw_scores(axes: Axes, summaries: Sequence[Summary], setting: Group) -> None:
+    task, sizes = TASKS[setting.task], list_sizes(summaries, setting)
+    whole = find_summary(summaries, setting, REFERENCE, setting.window)
+    if whole is not None and whole.mean is not None:
+        spread = whole.spread or 0.0
+        axes.axhspan(whole.mean - spread, whole.mean + spread, color="black", alpha=0.15, linewidth=0)
+        axes.axhline(whole.mean, color="black", linewidth=2, label="large batch, and its spread over seeds")
     for policy in POLICIES:
-        points = sorted((case.micro_batch, score) for case, score in scores if case.policy == policy)
-        if points:
-            axes.plot(*zip(*points, strict=True), label=_label(policy), **_STYLES[policy])
+        found = [(size, find_summary(summaries, setting, policy, size)) for size in sizes]
+        _draw_line(axes, policy, [(x, s.mean, s.spread or 0.0) for x, s in found if s and s.mean is not None])
+    origin = "settings chosen on it" if task.chosen_on else "held out"
+    _dress(axes, f"{setting.task} ({origin}), lr {setting.lr:g}", "micro-batch size", f"test score, {task.unit}")
+
+
+def _draw_gradients(axes: Axes, fidelities: Sequence[Fidelity]) -> None:
+    for fidelity in fidelities:
+        if fidelity.case.policy == ANOTHER_WINDOW and fidelity.cosine is not None:
+            axes.axhline(fidelity.cosine, color="black", linestyle=":", label="another window's gradient")
+    sizes = {f.case.micro_batch for f in fidelities if f.case.policy not in (ANOTHER_WINDOW, *FROM_SAMPLES)}
+    for policy in POLICIES:
+        points = [
+            (size, f.cosine, 0.0)
+            for f in fidelities
+            for size in (sorted(sizes) if policy in FROM_SAMPLES else [f.case.micro_batch])
+            if f.case.policy == policy and f.cosine is not None
+        ]
+        _draw_line(axes, policy, sorted(points))
+    _dress(axes, f"{fidelities[0].case.task}: gradient", "micro-batch size", "cosine to the large batch's")
+
+
+def _draw_extremes(axes: Axes, summaries: Sequence[Summary], task: str, name: str) -> None:
+    """Gap to the large batch over window or learning rate, at the micro-batch that most settings have."""
+    own = TASKS[task]
+    fixed = "lr" if name == "window" else "window"
+    shown = [
+        s
+        for s in summaries
+        if s.group.task == task and s.group.ranks == 1 and getattr(s.group, fixed) == getattr(own, fixed)
+    ]
+    tried = [s for s in shown if not s.group.is_own and s.group.policy not in (REFERENCE, *FROM_SAMPLES)]
+    size = max(s.group.micro_batch for s in tried)
+    for policy in POLICIES:
+        mine = [s for s in shown if s.group.policy == policy and s.group.micro_batch == size and s.gap is not None]
+        points = [(getattr(s.group, name), s.gap or 0.0, 0.0) for s in mine]
+        if len(points) > 1:
+            _draw_line(axes, policy, sorted(points))
+    axes.axhline(0, color="black", linewidth=2)
+    label = "window, samples" if name == "window" else "learning rate"
+    unit = "points" if own.unit == "%" else own.unit
+    _dress(axes, f"{task}, micro-batch {size}", label, f"gap to the large batch, {unit}")
+
+
+def _draw_line(axes: Axes, policy: str, points: _Points) -> None:
+    if points:
+        x, y, spread = zip(*points, strict=True)
+        style = {"linewidth": 1.3, "markersize": 4.5, "elinewidth": 0.7, **_STYLES[policy]}
+        axes.errorbar(x, y, spread, label=_LABELS.get(policy, policy), **style)
+
+
+def _dress(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize=10)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="micro-batch size", ylabel="test accuracy")
-    if results[0].case.task == "denoise":
-        axes.set_ylabel("test, dB")
-    else:
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set(xlabel=x, ylabel=y)
+    axes.margins(y=0.1)
+    _cut_outliers(axes, [value for line in axes.lines for value in np.asarray(line.get_ydata(), dtype=float)])
 
 
-def _label(policy: str) -> str:
-    return _LABELS.get(policy, policy)
+def _cut_outliers(axes: Axes, values: Iterable[float]) -> None:
+    """A policy that failed would flatten all others: the axis begins three quartile ranges below the middle."""
+    low, middle, high = np.quantile(list(values), (0.25, 0.5, 0.75))
+    bottom = middle - _DEEPEST * max(high - low, 1e-3)
+    if axes.get_ylim()[0] < bottom:
+        axes.set_ylim(bottom=bottom)

@@ -28,7 +28,7 @@ def _run_rank(rank: int, case: Case, folder: str) -> None:
     store = Path(folder) / "store"
     dist.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=case.ranks)
     try:
-        trace = train(case, Placement(rank, case.ranks, rank, case.ranks, True), lambda step: None)
+        trace = train(case, Placement(rank, case.ranks, rank, case.ranks, True))
     finally:
         gc.collect()  # as in launch/processes.py
         dist.destroy_process_group()

@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from benchmarks.equivalence.cases import REFERENCE, Case
+from benchmarks.equivalence.gradients import Fidelity
+from benchmarks.equivalence.memory import Peak
 from benchmarks.equivalence.training import Trace
 from launch.files import write_atomically
+
+_Measured = TypeVar("_Measured", Fidelity, Peak)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,15 @@ class Result:
         return cls(**fields)
 
 
+@dataclass(frozen=True)
+class Results:
+    """All that an experiment measured."""
+
+    trainings: list[Result]
+    gradients: list[Fidelity]
+    memory: list[Peak]
+
+
 class Store:
     """The output folder: one JSON file for each finished case, and the weights of references beside them."""
 
@@ -57,7 +71,7 @@ class Store:
         self._folder = folder
 
     def load(self, case: Case) -> Result | None:
-        path = self._result_path(case)
+        path = self._path("cases", case)
         return Result.from_json(path.read_text()) if path.exists() else None
 
     def keep(self, case: Case, trace: Trace) -> Result:
@@ -70,11 +84,25 @@ class Store:
         # Weights may overflow a step before the loss shows it, and JSON has no infinity.
         finite = {step: distance for step, distance in distances.items() if math.isfinite(distance)}
         result = Result(case, trace.outcome, trace.losses, trace.score, trace.seconds, finite)
-        write_atomically(self._result_path(case), lambda file: file.write(result.to_json().encode()))
+        write_atomically(self._path("cases", case), lambda file: file.write(result.to_json().encode()))
         return result
 
-    def _result_path(self, case: Case) -> Path:
-        return self._folder / "cases" / f"{case.name}.json"
+    def find(self, kind: type[_Measured], case: Case) -> _Measured | None:
+        path = self._path(kind.__name__.lower(), case)
+        return kind.from_content(json.loads(path.read_text())) if path.exists() else None
+
+    def measure(self, kind: type[_Measured], case: Case, measure: Callable[[Case], _Measured]) -> _Measured:
+        """What was measured before, or else is now."""
+        found = self.find(kind, case)
+        if found is not None:
+            return found
+        measured = measure(case)
+        path = self._path(kind.__name__.lower(), case)
+        write_atomically(path, lambda file: file.write(measured.to_json().encode()))
+        return measured
+
+    def _path(self, kind: str, case: Case) -> Path:
+        return self._folder / kind / f"{case.name}.json"
 
     def _weights_path(self, case: Case) -> Path:
         return self._folder / REFERENCE / f"{case.name}.pt"

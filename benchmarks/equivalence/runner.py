@@ -1,41 +1,67 @@
-"""Train what is not finished yet, one case after the other, behind a progress bar."""
+"""Measure what is not finished yet, one case after the other, behind a progress bar."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.equivalence.cases import Case
+from benchmarks.equivalence.gradients import Fidelity, compare_gradients
+from benchmarks.equivalence.memory import Peak, measure_peak
+from benchmarks.equivalence.plan import Plan, add_references
 from benchmarks.equivalence.ranks import train_on_ranks
-from benchmarks.equivalence.results import Result, Store
+from benchmarks.equivalence.results import Result, Results, Store
 from benchmarks.equivalence.training import Trace, train
 from launch.placement import Placement
 
 
-def run_cases(cases: Sequence[Case], output: Path) -> list[Result]:
-    """Results of all cases, in order; those that the output folder has are not trained again."""
-    store = Store(output)
-    results = {case: result for case in cases if (result := store.load(case)) is not None}
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+def run(plan: Plan, output: Path) -> Results:
+    """All of the plan, in order; what the output folder has is not measured again."""
+    store, trainings = Store(output), add_references(plan.trainings)
+    done = sum(store.load(case) is not None for case in trainings)
+    done += sum(store.find(Fidelity, case) is not None for case in plan.gradients)
+    done += sum(store.find(Peak, case) is not None for case in plan.memory)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     # On stderr: stdout has the tables.
     with Progress(*columns, console=Console(stderr=True)) as bars:
-        if results:
-            bars.console.print(f"{len(results)} of {len(cases)} trainings were finished before, in {output}")
-        missing = [case for case in cases if case not in results]
-        task = bars.add_task("", total=sum(case.steps for case in missing))
-        behind = 0
-        for case in missing:
-            bars.update(task, description=case.name)
-            results[case] = store.keep(case, _train(case, bars, task, behind))
-            behind += case.steps
-            bars.update(task, completed=behind)  # also where the case ended early
-    return [results[case] for case in cases]
+        total = len(trainings) + len(plan.gradients) + len(plan.memory)
+        if done:
+            bars.console.print(f"{done} of {total} cases were finished before, in {output}")
+        bar = bars.add_task("", total=total)
+
+        def show(what: str, case: Case) -> None:
+            bars.update(bar, advance=bool(bars.tasks[bar].description), description=f"{what} {case.name}")
+
+        results = Results(
+            [_train(store, case, show) for case in trainings],
+            [_compare(store, case, show) for case in plan.gradients],
+            [_measure(store, case, show) for case in plan.memory],
+        )
+        bars.update(bar, completed=total)
+    return results
 
 
-def _train(case: Case, bars: Progress, task: TaskID, behind: int) -> Trace:
-    if case.ranks > 1:
-        return train_on_ranks(case)
-    return train(case, Placement(), lambda step: bars.update(task, completed=behind + step))
+Show = Callable[[str, Case], None]
+
+
+def _train(store: Store, case: Case, show: Show) -> Result:
+    show("training", case)
+    finished = store.load(case)
+    return finished or store.keep(case, _compute_trace(case))
+
+
+def _compute_trace(case: Case) -> Trace:
+    return train_on_ranks(case) if case.ranks > 1 else train(case, Placement())
+
+
+def _compare(store: Store, case: Case, show: Show) -> Fidelity:
+    show("gradients", case)
+    return store.measure(Fidelity, case, compare_gradients)
+
+
+def _measure(store: Store, case: Case, show: Show) -> Peak:
+    show("memory", case)
+    return store.measure(Peak, case, measure_peak)

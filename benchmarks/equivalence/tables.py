@@ -1,4 +1,4 @@
-"""The tables of the experiment: every case, all policies side by side, and exact beside the permuted references."""
+"""The tables of the experiment: gaps to the large batch, gradients, memory, and exact beside permuted references."""
 
 from __future__ import annotations
 
@@ -6,82 +6,92 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from benchmarks.equivalence.cases import POLICIES, REFERENCE, Case
-from benchmarks.equivalence.results import Result
+from benchmarks.equivalence.cases import ANOTHER_WINDOW, POLICIES, REFERENCE, TASKS, Case
+from benchmarks.equivalence.gradients import Fidelity
+from benchmarks.equivalence.memory import Peak
 from benchmarks.equivalence.spread import Spread
+from benchmarks.equivalence.summary import Group, Summary, find_summary, list_sizes
 
-_REPORTED_STEPS = (1, 10, 100)
+_MIB = 2**20
+_TITLE_WIDTH = 150  # a table's title may be longer than its rows
 
 
-def build_case_table(task: str, results: Sequence[Result]) -> Table:
-    """One row for each case of a task."""
-    table = Table(title=f"{task}: distances are of all weights from the reference's, relative", title_justify="left")
-    for column in ("dtype", "lr", "seed", "policy", "micro-batch", "ranks", "final loss", "test"):
-        table.add_column(column)
-    for step in _REPORTED_STEPS:
-        table.add_column(f"distance@{step}", justify="right")
-    table.add_column("seconds", justify="right")
-    for result in results:
-        case = result.case
-        distances = [result.distances.get(step) for step in _REPORTED_STEPS]
-        table.add_row(
-            case.dtype,
-            f"{case.lr:g}",
-            str(case.seed),
-            case.policy,
-            str(case.micro_batch),
-            str(case.ranks),
-            _format_loss(result),
-            format_score(task, result.score),
-            *["" if distance is None else f"{distance:.1e}" for distance in distances],
-            f"{result.seconds:.1f}",
-        )
+def build_gap_table(summaries: Sequence[Summary], setting: Group) -> Table:
+    """A row for each policy, a column for each micro-batch."""
+    task, sizes = TASKS[setting.task], list_sizes(summaries, setting)
+    origin = "settings chosen on it" if task.chosen_on else "held out"
+    table = Table(
+        title=f"{setting.task} ({origin}), lr {setting.lr:g}, window {setting.window}, {setting.steps} steps, "
+        f"{setting.ranks} rank(s): gap to the large batch in {_name_unit(setting.task)} +- standard error "
+        "[spread over seeds; seeds] ms per step",
+        title_justify="left",
+        min_width=_TITLE_WIDTH,
+    )
+    table.add_column("policy")
+    for size in sizes:
+        table.add_column(f"micro-batch {size}", justify="right")
+    whole = find_summary(summaries, setting, REFERENCE, setting.window)
+    table.add_row("large batch", *[describe_mean(whole)] * len(sizes))
+    for policy in POLICIES:
+        found = [find_summary(summaries, setting, policy, size) for size in sizes]
+        if any(found):
+            table.add_row(policy, *map(describe_gap, found))
     return table
 
 
-def build_overview(results: Sequence[Result]) -> Table:
-    """Final loss and test score by setting and policy, on one rank in the first dtype; means over seeds."""
-    table = Table(title="final training loss, test score; means over seeds", title_justify="left")
-    for column in ("task", "lr", "micro-batch", REFERENCE, *POLICIES):
-        table.add_column(column)
-    shown = [r for r in results if r.case.ranks == 1 and r.case.dtype == results[0].case.dtype]
-    settings = dict.fromkeys((r.case.task, r.case.lr, r.case.micro_batch) for r in shown if r.case.policy != REFERENCE)
-    for task, lr, micro_batch in settings:
-        here = [r for r in shown if (r.case.task, r.case.lr) == (task, lr) and not r.case.permutation]
-        seeds = {r.case.seed for r in here if r.case.micro_batch == micro_batch and r.case.policy != REFERENCE}
-        cells = [
-            _summarize(
-                [
-                    r
-                    for r in here
-                    if r.case.policy == policy
-                    and r.case.seed in seeds
-                    and (policy == REFERENCE or r.case.micro_batch == micro_batch)
-                ]
-            )
-            for policy in (REFERENCE, *POLICIES)
-        ]
-        table.add_row(task, f"{lr:g}", str(micro_batch), *cells)
-    return table
+def _name_unit(task: str) -> str:
+    return "points" if TASKS[task].unit == "%" else TASKS[task].unit
 
 
-def _summarize(results: Sequence[Result]) -> str:
-    trained = [(r.final_loss, r.score) for r in results if r.final_loss is not None and r.score is not None]
-    failed = sorted(r.outcome for r in results if r.final_loss is None)
-    if failed or not trained:
-        return ", ".join(failed)
-    loss, score = (sum(values) / len(values) for values in zip(*trained, strict=True))
-    return f"{loss:.3g}\n{format_score(results[0].case.task, score)}"
-
-
-def _format_loss(result: Result) -> str:
-    return result.outcome if result.final_loss is None else f"{result.final_loss:.4g}"
-
-
-def format_score(task: str, score: float | None) -> str:
-    if score is None:
+def describe_gap(summary: Summary | None) -> str:
+    """``-0.31 +- 0.12 [0.30; 5] 21``."""
+    if summary is None:
         return ""
-    return f"{score:.2f} dB" if task == "denoise" else f"{score:.1%}"
+    error = "" if summary.gap_error is None else f" +- {summary.gap_error:.2f}"
+    gap = "failed" if summary.gap is None else f"{summary.gap:+.2f}{error}"
+    lost = f" {summary.failed} failed" if summary.failed else ""
+    return f"{gap} [{_describe_spread(summary)}{summary.seeds}{lost}] {summary.milliseconds:.0f}"
+
+
+def describe_mean(summary: Summary | None) -> str:
+    """``97.85 [0.30; 5] 2``."""
+    if summary is None or summary.mean is None:
+        return "failed"
+    return f"{summary.mean:.2f} [{_describe_spread(summary)}{summary.seeds}] {summary.milliseconds:.0f}"
+
+
+def _describe_spread(summary: Summary) -> str:
+    return "" if summary.spread is None else f"{summary.spread:.2f}; "
+
+
+def build_gradient_table(fidelities: Sequence[Fidelity]) -> Table:
+    """Relative error and cosine to the large batch's gradient; medians over its trajectory."""
+    table = Table(title="gradients beside the large batch's, medians: relative error, cosine", title_justify="left")
+    table.add_column("policy")
+    columns = list(dict.fromkeys((f.case.task, f.case.micro_batch) for f in fidelities))
+    for task, size in columns:
+        table.add_column(f"{task} {size}", justify="right")
+    cells = {(f.case.policy, f.case.task, f.case.micro_batch): _describe_fidelity(f) for f in fidelities}
+    for policy in (ANOTHER_WINDOW, *POLICIES):
+        row = [cells.get((policy, *column), "") for column in columns]
+        if any(row):
+            table.add_row(policy, *row)
+    return table
+
+
+def _describe_fidelity(fidelity: Fidelity) -> str:
+    if fidelity.error is None or fidelity.cosine is None:
+        return "overflow"
+    return f"{fidelity.error:.2g}, {fidelity.cosine:.3f}"
+
+
+def build_memory_table(peaks: Sequence[Peak]) -> Table:
+    """MiB at the peak of a step, above what was there before it."""
+    table = Table("task", "policy", "micro-batch", "peak of a step, MiB", title="memory", title_justify="left")
+    for peak in peaks:
+        case = peak.case
+        table.add_row(case.task, case.policy, str(case.micro_batch), f"{peak.bytes / _MIB:.1f}")
+    return table
 
 
 def build_spread_table(spreads: Sequence[Spread]) -> Table:

@@ -12,15 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.equivalence.cases import WINDOW
 from benchmarks.equivalence.denoising import NOISE, build_denoiser, load_patches
+from benchmarks.equivalence.mnist import build_convnet, load_mnist
+from benchmarks.equivalence.segmentation import Segmenter, load_mosaics, measure_overlap
 from benchmarks.resnet18 import build_resnet18
 from launch.digits import load_split
 from launch.models import build_model
 from launch.schedule import global_batches
 
 _CPU = torch.device("cpu")
-_PRETRAINING_EPOCHS = 3
+_PRETRAINING_EPOCHS, _PRETRAINING_WINDOW = 3, 64
 _FIRST_NEW_CLASS = 5  # fine-tuning goes from the digits 0-4 to 5-9
 
 Samples = tuple[Tensor, Tensor]
@@ -29,7 +30,7 @@ Samples = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """``loss`` sums over samples; ``score`` is of the whole test set: accuracy, or decibels for denoising."""
+    """``loss`` sums over samples; ``score`` is of the whole test set; more is better."""
 
     train: Samples
     test: Samples
@@ -38,11 +39,17 @@ class Task:
     score: Callable[[Tensor, Tensor], float]
 
 
-def load_task(name: str, seed: int, dtype: torch.dtype) -> Task:
+def load_task(name: str, seed: int, dtype: torch.dtype, window: int) -> Task:
     """A task with its data in ``dtype``; training samples fill whole windows, so that no micro-batch is a remainder."""
     if name == "denoise":
         train, test = load_patches(dtype)
-        return Task(_cut(train), test, build_denoiser, _noise_energy, _decibels)
+        return Task(_cut(train, window), test, build_denoiser, _noise_energy, _decibels)
+    if name == "segment":
+        train, test = load_mosaics(dtype)
+        return Task(_cut(train, window), test, Segmenter, _pixel_cross_entropy, measure_overlap)
+    if name == "mnist":
+        train, test = load_mnist(dtype)
+        return Task(_cut(train, window), test, build_convnet, _cross_entropy, _accuracy)
     train, test = _load_digits(dtype)
     build = functools.partial(build_model, "mlp" if name == "mlp" else "resnet")
     if name == "resnet18":
@@ -50,7 +57,7 @@ def load_task(name: str, seed: int, dtype: torch.dtype) -> Task:
     if name == "finetune":
         train, test = (_choose(samples, samples[1] >= _FIRST_NEW_CLASS) for samples in (train, test))
         build = functools.partial(_build_pretrained, seed)
-    return Task(_cut(train), test, build, _cross_entropy, _accuracy)
+    return Task(_cut(train, window), test, build, _cross_entropy, _accuracy)
 
 
 def _load_digits(dtype: torch.dtype) -> tuple[Samples, Samples]:
@@ -62,8 +69,8 @@ def _choose(samples: Samples, which: Tensor | slice) -> Samples:
     return samples[0][which], samples[1][which]
 
 
-def _cut(samples: Samples) -> Samples:
-    return _choose(samples, slice(len(samples[1]) // WINDOW * WINDOW))
+def _cut(samples: Samples, window: int) -> Samples:
+    return _choose(samples, slice(len(samples[1]) // window * window))
 
 
 def _cross_entropy(outputs: Tensor, classes: Tensor) -> Tensor:
@@ -72,6 +79,11 @@ def _cross_entropy(outputs: Tensor, classes: Tensor) -> Tensor:
 
 def _accuracy(outputs: Tensor, classes: Tensor) -> float:
     return (outputs.argmax(1) == classes).double().mean().item()
+
+
+def _pixel_cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the pixels of each image."""
+    return F.cross_entropy(outputs, labels, reduction="none").mean((1, 2)).sum()
 
 
 def _noise_energy(outputs: Tensor, noise: Tensor) -> Tensor:
@@ -92,12 +104,12 @@ def _build_pretrained(seed: int) -> nn.Module:
 def _pretrain(seed: int) -> nn.Module:
     """The ResNet after a few epochs on the first classes, in float32, with BatchNorm on whole windows."""
     samples, _ = _load_digits(torch.float32)
-    images, classes = _cut(_choose(samples, samples[1] < _FIRST_NEW_CLASS))
+    images, classes = _cut(_choose(samples, samples[1] < _FIRST_NEW_CLASS), _PRETRAINING_WINDOW)
     torch.manual_seed(seed)
     model = build_model("resnet")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for epoch in range(_PRETRAINING_EPOCHS):
-        for batch in global_batches(len(classes), WINDOW, seed, epoch):
+        for batch in global_batches(len(classes), _PRETRAINING_WINDOW, seed, epoch):
             optimizer.zero_grad()
             torch.autograd.backward(F.cross_entropy(model(images[batch]), classes[batch]))
             optimizer.step()

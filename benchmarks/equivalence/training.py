@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.equivalence.cases import WINDOW, Case
+from benchmarks.equivalence.cases import Case
 from benchmarks.equivalence.policies import apply_policy
 from benchmarks.equivalence.tasks import load_task
 from launch.placement import Placement
 from launch.processes import sum_over_ranks
 from launch.schedule import global_batches, micro_batches, rank_share
-from syncaccum import NonFiniteStatisticsError, commit, lockstep
+from syncaccum import NonFiniteStatisticsError, commit, lockstep, lookahead
 
 SNAPSHOT_STEPS = (1, 2, 5, 10, 20, 50, 100)
 _MOMENTUM = 0.9
@@ -38,9 +38,9 @@ class Trace:
     """All parameters as one vector, by number of optimizer steps."""
 
 
-def train(case: Case, placement: Placement, on_step: Callable[[int], None]) -> Trace:
+def train(case: Case, placement: Placement) -> Trace:
     """Train from the case's initial weights, and test. Collective."""
-    training, trace = _Training(case, placement), Trace()
+    training, trace = Training(case, placement), Trace()
     start = time.perf_counter()
     for step in range(case.steps):
         try:
@@ -58,47 +58,61 @@ def train(case: Case, placement: Placement, on_step: Callable[[int], None]) -> T
         trace.losses.append(loss)
         if step + 1 in SNAPSHOT_STEPS:
             trace.weights[step + 1] = training.flatten_weights()
-        on_step(step + 1)
     trace.seconds = time.perf_counter() - start
     score = training.test()
     trace.score = score if math.isfinite(score) else None
     return trace
 
 
-class _Training:
+class Training:
     """Model, optimizer and data of this rank."""
 
     def __init__(self, case: Case, placement: Placement) -> None:
         dtype = getattr(torch, case.dtype)
         self._case, self._placement = case, placement
-        self._task = load_task(case.task, case.seed, dtype)
+        self._task = load_task(case.task, case.seed, dtype, case.window)
         torch.manual_seed(case.seed)
         # Cast afterwards: every dtype starts from the same weights.
-        self._model = self._task.build().to(dtype)
-        self._commits = apply_policy(self._model, case.policy)
-        self._parallel: nn.Module = self._model
+        self.model = self._task.build().to(dtype)
+        self._commits = apply_policy(self.model, case)
+        self._parallel: nn.Module = self.model
         if placement.launched:
-            self._parallel = DistributedDataParallel(self._model)
-        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=case.lr, momentum=_MOMENTUM)
+            self._parallel = DistributedDataParallel(self.model)
+        self._optimizer = torch.optim.SGD(self.model.parameters(), lr=case.lr, momentum=_MOMENTUM)
+        # To 0, so that the last score is no luck of the last steps.
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, case.steps)
 
     def step(self, step: int) -> float:
         """One optimizer step; the mean loss of its global batch."""
+        loss = self.compute_gradient(step)
+        if math.isfinite(loss):
+            self.apply_gradient()
+        return loss
+
+    def compute_gradient(self, step: int) -> float:
+        """Leave the gradient of a step's global batch at the parameters; its mean loss."""
         self._parallel.train()
         self._optimizer.zero_grad()
         share = rank_share(self._global_batch(step), self._placement.rank, self._placement.size)
         parts = micro_batches(share, self._case.micro_batch)
-        mine = self._lockstep(parts) if self._case.policy == "exact" else self._accumulate(parts)
-        (loss,) = sum_over_ranks([mine], self._placement, torch.device("cpu"))
-        if math.isfinite(loss):
-            self._optimizer.step()
-            if self._commits:
-                commit(self._model)
-        return loss / WINDOW
+        walk = {"exact": self._lockstep, "lookahead": self._look_ahead}.get(self._case.policy, self._accumulate)
+        (loss,) = sum_over_ranks([walk(parts)], self._placement, torch.device("cpu"))
+        return loss / self._case.window
+
+    def apply_gradient(self) -> None:
+        """The optimizer's step, and the commit that belongs to it."""
+        self._optimizer.step()
+        self._schedule.step()
+        self.commit()
+
+    def commit(self) -> None:
+        if self._commits:
+            commit(self.model)
 
     def _global_batch(self, step: int) -> list[int]:
         samples = len(self._task.train[1])
-        epoch, index = divmod(step, samples // WINDOW)
-        batch = global_batches(samples, WINDOW, self._case.seed, epoch)[index]
+        epoch, index = divmod(step, samples // self._case.window)
+        batch = global_batches(samples, self._case.window, self._case.seed, epoch)[index]
         if self._case.permutation:
             random.Random(f"permutation {self._case.permutation} step {step}").shuffle(batch)
         return batch
@@ -110,11 +124,14 @@ class _Training:
 
     def _backward(self, loss: Tensor) -> float:
         # DDP divides the sum over ranks by their number.
-        torch.autograd.backward(loss * (self._placement.size / WINDOW))
+        torch.autograd.backward(loss * (self._placement.size / self._case.window))
         return loss.item()
 
     def _lockstep(self, parts: Sequence[Sequence[int]]) -> float:
         return self._backward(torch.stack(lockstep(self._parallel, self._compute_loss, parts)).sum())
+
+    def _look_ahead(self, parts: Sequence[Sequence[int]]) -> float:
+        return sum(self._backward(loss) for loss in lookahead(self._parallel, self._compute_loss, parts))
 
     def _accumulate(self, parts: Sequence[Sequence[int]]) -> float:
         total = 0.0
@@ -130,11 +147,11 @@ class _Training:
         return nullcontext()
 
     def flatten_weights(self) -> Tensor:
-        return torch.nn.utils.parameters_to_vector(self._model.parameters()).detach()
+        return torch.nn.utils.parameters_to_vector(self.model.parameters()).detach()
 
     def test(self) -> float:
         """The score on the test samples, with this rank's running statistics."""
-        self._model.eval()
+        self.model.eval()
         inputs, targets = self._task.test
         with torch.no_grad():
-            return self._task.score(self._model(inputs), targets)
+            return self._task.score(self.model(inputs), targets)

