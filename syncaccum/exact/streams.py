@@ -100,7 +100,7 @@ def _of_generator(generator: torch.Generator) -> _Source:
 
 
 def _of_numpy(module: Any) -> _Source:
-    """NumPy's own generator. Its state takes 60 us to be copied there and back; another generator is put in its place."""
+    """NumPy's own generator. To copy its state takes 60 us, so another generator is put in its place."""
     if not hasattr(module, "get_bit_generator"):  # before NumPy 1.24
         return _Source(module.get_state, module.set_state, lambda seed: module.seed(seed % 2**32))
     place = module.set_bit_generator
