@@ -11,7 +11,8 @@ from torch import Tensor
 from syncaccum.errors import LockstepError
 from syncaccum.exact.books import Account
 from syncaccum.exact.exchange import Exchange
-from syncaccum.exact.known import KnownVisit, distance
+from syncaccum.exact.known import KnownVisit
+from syncaccum.layer.samples import distance
 from syncaccum.layer.state import Accumulating
 from syncaccum.torch_private import runs_in_backward
 

@@ -23,7 +23,7 @@ from syncaccum.ranks.transport import Transport
 from syncaccum.window.fold import apply, apply_to_some, concatenate
 from syncaccum.window.layers import NamedLayer, for_each_group, tracking_layers
 from syncaccum.window.layout import Layout, raise_layout_mismatch, verify_layout
-from syncaccum.window.uninterrupted import run_uninterrupted, steps_of_drop
+from syncaccum.window.uninterrupted import run_uninterrupted, steps_of_discard
 
 OnNonFinite = Literal["raise", "discard"]
 """What a commit does with NaN or Inf in a window."""
@@ -127,7 +127,7 @@ def commit_layers(
             if on_nonfinite == "raise":
                 raise
             # All ranks of the group have this error, and do this.
-            run_uninterrupted(steps_of_drop([layer._accumulation for _, layer in members]))
+            run_uninterrupted(steps_of_discard([layer._accumulation for _, layer in members]))
             discarded.append(error.where)
             counts = [0] * len(members)
         values.update((name, n) for (name, layer), n in zip(members, counts, strict=True) if _is_ours(layer, n))

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from syncaccum.errors import NonFiniteStatisticsError
 from syncaccum.layer.state import Accumulating, commit_momentum
+from syncaccum.moments import pack_statistics
 from syncaccum.torch_private import add_to_all, buffers_of, copy_all
 from syncaccum.window.layers import NamedLayer
 from syncaccum.window.layout import Layout
-from syncaccum.window.uninterrupted import run_uninterrupted, steps_of_drop
+from syncaccum.window.uninterrupted import run_uninterrupted, steps_of_closing, steps_of_drop
 
 
 def apply_to_some(layout: Layout, counts: Sequence[int], seen: Sequence[NamedLayer], reduced: Tensor) -> None:
@@ -41,8 +42,10 @@ def apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> Non
     # In place: variance is a view of update's second row.
     # Rounding can leave a constant channel below zero.
     # n / (n - 1): running_var is unbiased, as nn.BatchNorm's.
-    variance.addcmul_(mean, mean, value=-1).clamp_min_(0).mul_(n / (n - 1))
+    variance.addcmul_(mean, mean, value=-1).clamp_min_(0)
     layers = [layer for _, layer in members]
+    closing = _close_books(layers, layout, mean, variance)
+    variance.mul_(n / (n - 1))
     buffers = [buffers_of(layer) for layer in layers]
     current = [cast(Tensor, b[name]) for name in ("running_mean", "running_var") for b in buffers]
     # Computed in float64, then rounded once.
@@ -58,10 +61,21 @@ def apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> Non
             partial(copy_all, current, stored),
             partial(add_to_all, counters, 1),
             *steps_of_drop(states),
+            *closing,
             # A checkpoint's second forward would now see other statistics.
             *(partial(setattr, state, "has_normalised", False) for state in states),
         ]
     )
+
+
+def _close_books(layers: Sequence[Accumulating], layout: Layout, mean: Tensor, variance: Tensor) -> list[partial[Any]]:
+    """The steps that give layers under policy "window" the statistics of the window that ends, as of one value."""
+    ledgers = [layer._accumulation.ledger for layer in layers]
+    if not any(ledgers):
+        return []
+    pieces = zip(ledgers, *(torch.split(rows, list(layout.widths)) for rows in (mean, variance)), strict=True)
+    last = [pack_statistics(1, m, v).to(ledger.last.device) for ledger, m, v in pieces if ledger is not None]
+    return steps_of_closing([ledger for ledger in ledgers if ledger is not None], last)
 
 
 def _round_as_stored(new: Tensor, layout: Layout, current: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from syncaccum.layer.ledger import Ledger
 from syncaccum.layer.state import Accumulating
 from syncaccum.ranks.connect import connect
 from syncaccum.ranks.groups import Group, resolve_group
@@ -23,12 +24,23 @@ def window_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         By layer name, a float64 tensor of shape ``(1 + 2C,)``: count, total, total_sq. Sums are additive: the
-        states of several ranks may be added, and loaded on any one of them, or stacked, and loaded on all.
+        states of several ranks may be added, and loaded on any one of them, or stacked, and loaded on all. A layer
+        under policy "window" has a second tensor, ``<name>.ledger`` of shape ``(5 + 8C,)``: the last window's
+        statistics and the books of its feedback. That is each rank's own.
 
     Raises:
         NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
     """
-    return {name: layer._accumulation.window.clone() for name, layer in tracking_layers(model)}
+    layers = tracking_layers(model)
+    windows = {name: layer._accumulation.window.clone() for name, layer in layers}
+    return {**windows, **{key: ledger.to_state() for key, ledger in _ledgers(layers)}}
+
+
+def _ledgers(layers: Iterable[NamedLayer]) -> Iterator[tuple[str, Ledger]]:
+    """By their keys in a state."""
+    for name, layer in layers:
+        if (ledger := layer._accumulation.ledger) is not None:
+            yield f"{name}.ledger", ledger
 
 
 def gather_window_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -40,7 +52,9 @@ def gather_window_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         By layer name, a float64 tensor of shape ``(1, 1 + 2C)``: one share, to be dealt out by
-        ``load_window_state_dict`` over any number of ranks. Its size does not depend on how many there are.
+        ``load_window_state_dict`` over any number of ranks. Its size does not depend on how many there are. A layer
+        under policy "window" has a second tensor, ``<name>.ledger``: the last window's statistics, without the books
+        of the open one, which are each rank's own.
 
     Raises:
         NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
@@ -63,7 +77,8 @@ def gather_window_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     layers = tracking_layers(model)
     by_group = for_each_group(layers, _gather_group)
-    return {name: windows[name] for name, _ in layers for windows in by_group if name in windows}
+    windows = {name: windows[name] for name, _ in layers for windows in by_group if name in windows}
+    return {**windows, **{key: ledger.last_to_state() for key, ledger in _ledgers(layers)}}
 
 
 def _gather_group(group: Group, members: Sequence[NamedLayer]) -> dict[str, Tensor]:
@@ -91,7 +106,10 @@ def load_window_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> Non
             initialised.
     """
     layers = dict(tracking_layers(model))
-    missing, unknown = layers.keys() - state.keys(), state.keys() - layers.keys()
+    # States from before, and of another policy, have none.
+    ledgers = {key: ledger for key, ledger in _ledgers(layers.items()) if key in state}
+    others = {f"{name}.ledger" for name in layers}
+    missing, unknown = layers.keys() - state.keys(), state.keys() - layers.keys() - others
     if missing or unknown:
         raise ValueError(
             f"the window state does not fit the model: missing {sorted(missing)}, unknown {sorted(unknown)}. "
@@ -99,9 +117,22 @@ def load_window_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> Non
         )
     for name, layer in layers.items():
         _check_fit(name, layer, state[name])
+    for key, ledger in ledgers.items():
+        _check_ledger(key, ledger, state[key])
     # All are checked and computed before the first is replaced.
     windows = [_take_share(layer, state[name]) for name, layer in layers.items()]
     copy_all([layer._accumulation.window for layer in layers.values()], [window.detach() for window in windows])
+    for key, ledger in ledgers.items():
+        ledger.load_state(state[key].detach())
+
+
+def _check_ledger(key: str, ledger: Ledger, saved: Tensor) -> None:
+    expected = ledger.to_state()
+    if saved.shape != expected.shape or saved.dtype != torch.float64 or not saved.isfinite().all():
+        raise ValueError(
+            f"the window state does not fit {key}: expected finite float64 of shape {tuple(expected.shape)}, got "
+            f"{saved.dtype} of shape {tuple(saved.shape)}. Leave it out to go on without"
+        )
 
 
 def _check_fit(name: str, layer: Accumulating, saved: Tensor) -> None:
