@@ -66,8 +66,9 @@ class Account:
         known = self._everyones + self._mine_now
         to_come = max(self._total - self._done - n, 0.0)
         expected = known / (self._done + n) if self._expected is None else self._expected
-        # This round's share of what is left.
-        others = min(max((self._total - self._done) / left - n, 0.0), to_come)
+        # What is left of them, in equal rounds.
+        theirs = (self._total - self._done) - (self._mine - self._done_here)
+        others = min(max(theirs, 0.0) / left, to_come)
         if others:
             own = samples / (samples + _OWN) / left
             known.add_(self._mine_now, alpha=others * own / n)

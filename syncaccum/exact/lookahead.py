@@ -116,7 +116,7 @@ def _walk(
     # Weights cast under no_grad would have no gradient.
     torch.clear_autocast_cache()
     second = SecondPass(record.visits, len(batches), meeting.exchange_of)
-    surroundings.recompute_by(meeting.statistics, second)
+    surroundings.recompute_by([visit.layer for visit in record.visits], second)
     windows = _Windows(meeting)
     try:
         for index, batch in enumerate(batches):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from syncaccum import AccumulateBatchNorm, SyncAccumBatchNorm, commit, convert_sync_accum, discard
 from tests.oracle import BATCH_NORMS, assert_same_statistics, reference, trained_layer
 
-POLICIES = ["renorm", "batch", "running"]
+POLICIES = ["renorm", "batch", "running", "window"]
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -279,7 +279,8 @@ def test_a_window_snapshot_does_not_follow_the_layer() -> None:
     assert snapshot.count == 4
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+# Policy "window" breaks the graph: see test_window_policy.
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p != "window"])
 def test_compiled_layer_equals_eager_in_one_graph_without_recompiling(policy: str) -> None:
     torch._dynamo.reset()
     eager = trained_layer(3, policy)
