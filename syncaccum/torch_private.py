@@ -136,6 +136,11 @@ def prepare_for_backward(ddp: DistributedDataParallel, outputs: Sequence[Tensor]
     ddp.reducer.prepare_for_backward(list(outputs))
 
 
+def rebuild_buckets(ddp: DistributedDataParallel) -> None:
+    """Let DDP sort its buckets anew now, if it has a mind to: else it does in its next forward. Collective then."""
+    ddp.reducer._rebuild_buckets()
+
+
 def compile_stance() -> Any:
     """What compiled functions do when they are called, in the whole process. Imports the compiler."""
     return importlib.import_module("torch._dynamo.eval_frame")._stance

@@ -12,7 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from syncaccum.errors import LockstepError
-from syncaccum.torch_private import ddp_in_forward, prepare_for_backward, set_ddp_in_forward, tensors_in
+from syncaccum.torch_private import (
+    ddp_in_forward,
+    prepare_for_backward,
+    rebuild_buckets,
+    set_ddp_in_forward,
+    tensors_in,
+)
 
 
 class Wrappers:
@@ -65,6 +71,15 @@ class Wrappers:
         """A micro-batch runs on its own, after a first pass in which buffers were broadcast."""
         for wrapper in self._inside:
             wrapper.set_flags(first=False, last=last)
+
+    def prepare_to_go_alone(self) -> None:
+        """Collective, while all ranks are at the same point.
+
+        In its first forward after a backward DDP talks about its buckets. A rank with fewer micro-batches comes later.
+        """
+        if torch.is_grad_enabled():
+            for wrapper in self._inside:
+                rebuild_buckets(wrapper.ddp)
 
     def end(self) -> None:
         """All micro-batches came through."""

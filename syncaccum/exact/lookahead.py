@@ -118,6 +118,7 @@ def _walk(
     second = SecondPass(record.visits, len(batches), meeting.exchange_of)
     surroundings.recompute_by([visit.layer for visit in record.visits], second)
     windows = _Windows(meeting)
+    Wrappers(model, 1).prepare_to_go_alone()
     try:
         for index, batch in enumerate(batches):
             second.check_walked()

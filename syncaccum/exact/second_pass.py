@@ -190,6 +190,7 @@ class Rounds:
         self._offset = max(everyones) - count
         self._open: tuple[int | None, Callable[[], Tensor]] | None = None
         self._number = 0
+        self._is_over = False
 
     def sit_out(self) -> None:
         """The rounds before this rank's first micro-batch. Collective."""
@@ -211,16 +212,18 @@ class Rounds:
         if self._open is None:
             return
         (index, wait), self._open = self._open, None
-        sizes = [account.size for account in self._accounts]
-        parts = torch.split(wait(), sizes)
+        # A failure here is known to the peers.
+        self._is_over = True
+        parts = torch.split(wait(), [account.size for account in self._accounts])
+        self._is_over = False
         counts = torch.stack([part[0] for part in parts]).tolist()
         for account, part, count in zip(self._accounts, parts, counts, strict=True):
             account.close_round(index, part[1:], count)
 
     def give_up(self) -> None:
         """Tell peers that this rank does not go on. Collective, with their next round."""
-        if self._exchange.is_alone:
-            return
         if self._open is not None:
             self.finish()
-        self._exchange.give_up(self._number)
+        if not (self._is_over or self._exchange.is_alone):
+            self._is_over = True
+            self._exchange.give_up(self._number)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -205,7 +205,7 @@ def test_an_iterator_that_is_left_puts_the_windows_back(walked: int) -> None:
     for _ in range(walked):
         next(results).backward()
     next(results)
-    results.close()
+    cast(Generator[Tensor], results).close()
     after = [layer._accumulation.window for layer in model.modules() if isinstance(layer, SyncAccumBatchNorm)]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     assert commit(model).values["left.1"] == 3 * 36
@@ -299,7 +299,7 @@ class Counting(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        self.counted += 1
+        self.counted.add_(1)
         return x
 
 
