@@ -31,7 +31,8 @@ def normalize_so_far(
 ) -> tuple[Tensor, Tensor]:
     """Normalise a micro-batch with values under policy "window"; also its packed moments.
 
-    Not compiled: the books are Python's, and a compiled graph breaks here.
+    Not compiled: the books are Python's, and a compiled graph breaks here. With ``create_graph=True`` the gradient has
+    the micro-batch's own share in the statistics, and the books stay as they are.
 
     Raises:
         RuntimeError: a checkpoint runs a forward again that is not known.

@@ -264,3 +264,11 @@ def test_tensors_inside_transforms() -> None:
     torch.func.grad(forward)(x[0])
     assert seen == [(True, (2, 3)), (False, (3,))]
     assert outside.tolist() == [2, 2, 2]
+
+
+def test_ddp_sorts_its_buckets_once_after_a_backward(group: None) -> None:
+    ddp = DistributedDataParallel(nn.Linear(2, 2))
+    ddp(torch.ones(1, 2)).sum().backward()
+    torch_private.rebuild_buckets(ddp)
+    # There is nothing left for its next forward to do.
+    assert not ddp.reducer._rebuild_buckets()
