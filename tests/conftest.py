@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,6 +24,13 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 def _seed(request: pytest.FixtureRequest) -> None:
     """A test draws the same numbers on any worker, after any other test; each test draws its own."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def no_thread_is_left() -> Iterator[None]:
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
 
 
 @pytest.hookimpl(optionalhook=True)  # the hook is there only with xdist

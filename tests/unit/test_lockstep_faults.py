@@ -32,12 +32,7 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 from syncaccum import LockstepError, SyncAccumBatchNorm, convert_sync_accum, lockstep
 from tests.unit.test_lockstep import assert_same_gradients
 
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    before = threading.active_count()
-    yield
-    assert threading.active_count() == before
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
 @pytest.fixture

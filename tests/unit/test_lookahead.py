@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, cast
 
 import pytest
@@ -28,12 +27,7 @@ from syncaccum import (
 from syncaccum.exact.offload import WaitingRoom
 from tests.unit.test_lockstep import assert_same_gradients, images, pair
 
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    before = threading.active_count()
-    yield
-    assert threading.active_count() == before
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
 def loss_of(outputs: Tensor) -> Tensor:
