@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +24,18 @@ MICRO_BATCHES = 4
 SHAPES = [(8, 1, 32, 32), (2, 1, 64, 64)]
 
 
-def one_by_one(model: nn.Module, parts: list[Tensor]) -> None:
+def one_by_one(model: nn.Module, parts: Sequence[Tensor]) -> None:
     for x in parts:
         torch.autograd.backward(model(x).square().sum())
 
 
-def side_by_side(model: nn.Module, parts: list[Tensor]) -> None:
+def side_by_side(model: nn.Module, parts: Sequence[Tensor]) -> None:
     losses = lockstep(model, lambda x: model(x).square().sum(), parts)
     torch.autograd.backward(torch.stack(losses).sum())
     discard(model)
 
 
-def timed(function: Callable[[nn.Module, list[Tensor]], None], model: nn.Module, parts: list[Tensor]) -> float:
+def timed(function: Callable[[nn.Module, Sequence[Tensor]], None], model: nn.Module, parts: Sequence[Tensor]) -> float:
     start = time.perf_counter()
     function(model, parts)
     elapsed = time.perf_counter() - start

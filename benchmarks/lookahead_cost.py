@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.lockstep_speed import one_by_one, side_by_side
 from benchmarks.report import Figure, publish
 from benchmarks.resnet18 import build_resnet18
-from syncaccum import convert_sync_accum, discard, lockstep, lookahead
+from syncaccum import convert_sync_accum, discard, lookahead
 from syncaccum.exact.offload import WaitingRoom
 
 ROUNDS = 8
@@ -36,13 +37,8 @@ SIDE, LARGE_SIDE = 32, 64
 Walk = Callable[[nn.Module, Sequence[Tensor]], None]
 
 
-def accumulate(model: nn.Module, parts: Sequence[Tensor]) -> None:
-    for x in parts:
-        torch.autograd.backward(_loss(model, x))
-
-
-def look_ahead(model: nn.Module, parts: Sequence[Tensor]) -> None:
-    for loss in lookahead(model, lambda x: _loss(model, x), parts):
+def look_ahead(model: nn.Module, parts: Sequence[Tensor], offload: str | None = None) -> None:
+    for loss in lookahead(model, lambda x: model(x).square().sum(), parts, offload=offload):
         torch.autograd.backward(loss)
         # The loop variable is alive while the next forward runs.
         del loss
@@ -50,13 +46,7 @@ def look_ahead(model: nn.Module, parts: Sequence[Tensor]) -> None:
 
 def look_ahead_on_host(model: nn.Module, parts: Sequence[Tensor]) -> None:
     with patch("syncaccum.exact.lookahead.WaitingRoom", _OutsideRoom):
-        for loss in lookahead(model, lambda x: _loss(model, x), parts, offload="cpu"):
-            torch.autograd.backward(loss)
-            del loss
-
-
-def side_by_side(model: nn.Module, parts: Sequence[Tensor]) -> None:
-    torch.autograd.backward(torch.stack(lockstep(model, lambda x: _loss(model, x), parts)).sum())
+        look_ahead(model, parts, offload="cpu")
 
 
 class _OutsideRoom(WaitingRoom):
@@ -68,11 +58,6 @@ class _OutsideRoom(WaitingRoom):
     def _make_room(self, x: Tensor) -> Tensor:
         flat = torch.from_numpy(np.empty(x.numel(), dtype=np.float32))
         return flat.as_strided(x.shape, x.stride())
-
-
-def _loss(model: nn.Module, x: Tensor) -> Tensor:
-    loss: Tensor = model(x).square().sum()
-    return loss
 
 
 def time_all(walks: dict[str, tuple[Walk, nn.Module]], parts: Sequence[Tensor]) -> dict[str, list[float]]:
@@ -140,8 +125,8 @@ def main() -> None:
     figures = []
     plain, converted = build_resnet18(), convert_sync_accum(build_resnet18())
     walks: dict[str, tuple[Walk, nn.Module]] = {
-        "ordinary": (accumulate, plain),
-        "renorm": (accumulate, converted),
+        "ordinary": (one_by_one, plain),
+        "renorm": (one_by_one, converted),
         "lookahead": (look_ahead, converted),
         "lookahead, on the host": (look_ahead_on_host, converted),
         "lockstep": (side_by_side, converted),

@@ -7,7 +7,7 @@ float64 and of the size of the channels.
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,18 @@ class _Peer(nn.Module):
         self.register_buffer("mean", torch.zeros(layer.num_features, dtype=torch.float64))
         self.register_buffer("variance", torch.ones(layer.num_features, dtype=torch.float64))
 
-    def _affine(self, x: Tensor) -> Tensor:
-        return x * self.weight[:, None] + self.bias[:, None]
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(*x.shape[:2], -1)
+        y = self._normalize(flat) if self.training else self._normalize_known(flat)
+        return self._scale(y * self.weight[:, None] + self.bias[:, None]).view_as(x)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        """What it does in training, without affine parameters, on ``(N, C, L)``."""
+        raise NotImplementedError
+
+    def _scale(self, y: Tensor) -> Tensor:
+        """What comes after the affine parameters: nothing, mostly."""
+        return y
 
     def _normalize_known(self, x: Tensor) -> Tensor:
         scale = torch.rsqrt(self.variance + self.eps)
@@ -65,12 +75,12 @@ class OnlineNorm(_Peer):
         self.register_buffer("error_y", torch.zeros_like(self.mean))
         self.register_buffer("error_1", torch.zeros_like(self.mean))
 
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(*x.shape[:2], -1)
-        y = _Stream.apply(flat, self) if self.training else self._normalize_known(flat)  # type: ignore[no-untyped-call]
-        y = self._affine(y)
+    def _normalize(self, x: Tensor) -> Tensor:
+        return cast(Tensor, _Stream.apply(x, self))  # type: ignore[no-untyped-call]
+
+    def _scale(self, y: Tensor) -> Tensor:
         # Layer scaling: all values of a sample to mean square 1.
-        return (y * torch.rsqrt(y.square().mean((1, 2), keepdim=True) + self.eps)).view_as(x)
+        return y * torch.rsqrt(y.square().mean((1, 2), keepdim=True) + self.eps)
 
 
 class _Stream(torch.autograd.Function):
@@ -135,10 +145,8 @@ class MovingAverageNorm(_Peer):
         self.statistics: deque[Moments] = deque(maxlen=micro_batches)
         self.feedback: deque[Moments] = deque(maxlen=micro_batches)
 
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(*x.shape[:2], -1)
-        y = _Average.apply(flat, self) if self.training else self._normalize_known(flat)  # type: ignore[no-untyped-call]
-        return self._affine(y).view_as(x)
+    def _normalize(self, x: Tensor) -> Tensor:
+        return cast(Tensor, _Average.apply(x, self))  # type: ignore[no-untyped-call]
 
 
 class _Average(torch.autograd.Function):
