@@ -46,19 +46,18 @@ class TorchTransport:
         return dict(pair.split(":") for pair in dist.get_backend_config(self._group).split(","))
 
     def all_reduce(self, flat: Tensor) -> None:
+        self.start_all_reduce(flat)()
+
+    def start_all_reduce(self, flat: Tensor) -> Callable[[], None]:
         with self._hanging_up(flat):
             if self._remaining is None:
-                dist.all_reduce(flat, group=self._group)
+                work = dist.all_reduce(flat, group=self._group, async_op=True)
             else:
                 # The operation gets the limit, not the wait for it.
                 # After a short wait, late peers would still get the sum.
                 options = dist.AllreduceOptions()
                 options.timeout = timedelta(seconds=self._remaining())
-                self._group.allreduce([flat], options).wait()
-
-    def start_all_reduce(self, flat: Tensor) -> Callable[[], None]:
-        with self._hanging_up(flat):
-            work = dist.all_reduce(flat, group=self._group, async_op=True)
+                work = self._group.allreduce([flat], options)
 
         def wait() -> None:
             with self._hanging_up(flat):
