@@ -38,10 +38,8 @@ class KnownVisit:
     def normalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, pay: ReduceSums | None = None) -> Tensor:
         """The output of one micro-batch. ``pay`` turns its two sums of the backward into what each value pays."""
         x = make_dense(x)
-        mean = self.norm.center
-        (y,) = normalize_together(
-            [x], [measured_before(x, mean, mean, is_far=self.is_far)], weight, bias, self.norm, pay
-        )
+        measured = measured_before(x, self.norm.center, is_far=self.is_far)
+        (y,) = normalize_together([x], [measured], weight, bias, self.norm, pay)
         return y
 
 

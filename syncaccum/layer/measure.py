@@ -45,7 +45,7 @@ class Measured(NamedTuple):
     """A micro-batch about to be normalised.
 
     ``values`` has the shape of the input: its values, less a constant per channel where there is an ``origin``. It is
-    float32 or wider, or the input itself where the compiled passes measured it. ``mean`` and ``variance`` (population)
+    float32 or wider, or the input itself, where the values need no origin. ``mean`` and ``variance`` (population)
     are the input's; they and ``origin`` are float64, ``(C,)``. Those passes also fill ``packed``, the moments, and
     ``output``, where it was to be had in the same walk.
     """
@@ -76,18 +76,24 @@ def merge(parts: Sequence[Measured]) -> tuple[int, Tensor, Tensor]:
     return n, start + step, ((variances + (delta - step).square()) * shares).sum(0)
 
 
-def measured_before(x: Tensor, mean: Tensor, variance: Tensor, *, is_far: bool) -> Measured:
-    """A dense micro-batch of which a first pass has found the statistics, or those that it is to be normalised with.
+def measured_before(x: Tensor, mean: Tensor, *, is_far: bool) -> Measured:
+    """A dense micro-batch to be normalised with what is known: nobody will ask for its own mean and variance.
 
     Args:
-        is_far: whether that pass subtracted an origin, because the mean is large. Then it is done here, too.
+        is_far: whether the pass that found them subtracted an origin, because the mean is large. Then it is done here.
     """
-    values = x.to(torch.promote_types(x.dtype, torch.float32))
-    n = x.numel() // x.shape[1]
-    if not is_far:
-        return Measured(values, None, n, mean, variance)
-    origin = mean.to(values.dtype)
-    return Measured(values - per_channel(origin, x), origin.to(torch.float64), n, mean, variance)
+    values, origin = _subtract(_widen(x), mean) if is_far else (x, None)
+    return Measured(values, origin, x.numel() // x.shape[1], mean, mean)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _subtract(values: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+    """The values less a constant per channel, and the constant as it was rounded, in float64."""
+    origin = origin.to(values.dtype)
+    return values - per_channel(origin, values), origin.to(torch.float64)
 
 
 def measure(x: Tensor) -> Measured:
@@ -102,7 +108,7 @@ def measure(x: Tensor) -> Measured:
         return measure_compiled(x, None, None, None)
     channels = x.shape[1]
     count = x.numel() // channels
-    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    values = _widen(x)
     if count == 0:
         zeros = torch.zeros(channels, dtype=torch.float64, device=x.device)
         return Measured(values, None, 0, zeros, zeros)
@@ -118,9 +124,8 @@ def measure(x: Tensor) -> Measured:
         if rows and _is_within(_MAX_OFFSET, mean, variance):
             _refine(values, mean, variance)
             return Measured(values, None, count, mean, variance)
-        origin = mean.to(values.dtype)
-    shifted = values - per_channel(origin, x)
-    origin = origin.to(torch.float64)
+        origin = mean
+    shifted, origin = _subtract(values, origin)
     mean, variance = _mean_and_variance(shifted)
     return Measured(shifted, origin, count, mean + origin, variance)
 
