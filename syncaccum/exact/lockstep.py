@@ -24,7 +24,7 @@ from syncaccum.exact.meeting_point import MeetingPoint, Mode, make_arrival, norm
 from syncaccum.exact.offload import HostStore
 from syncaccum.exact.openmp import Teams
 from syncaccum.exact.parametrizations import SharedWeights
-from syncaccum.exact.process_state import Eager, Setting, enter_all, leave_all
+from syncaccum.exact.process_state import Eager, run_under
 from syncaccum.exact.turns import Turns
 from syncaccum.layer import surroundings
 from syncaccum.layer.state import Accumulating
@@ -147,19 +147,11 @@ def run_side_by_side(
             results[index] = refuse_unfinished(forward(batches[index]))
         teams.release()
 
-    # Each is entered in this order and left in the opposite one.
-    settings: list[Setting] = [teams, Eager(), weights, attendance, wrappers]
-    try:
-        try:
-            enter_all(settings)
-            turns.run(run)
-            wrappers.end()
-        finally:
-            leave_all(settings)
-    except BaseException:
-        # Again, because a signal may have interrupted the first.
-        leave_all(settings)
-        raise
+    def run_all() -> None:
+        turns.run(run)
+        wrappers.end()
+
+    run_under([teams, Eager(), weights, attendance, wrappers], run_all)
     # It ran well. Was it exact? Only then the windows may change.
     bystanders.end_turn()
     attendance.check(met=meeting.anyone_met)

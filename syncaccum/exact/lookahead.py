@@ -19,7 +19,7 @@ from syncaccum.exact.lockstep import refuse_call, run_side_by_side
 from syncaccum.exact.meeting_point import MeetingPoint, Mode
 from syncaccum.exact.module_states import ModuleStates
 from syncaccum.exact.offload import WaitingRoom, stay
-from syncaccum.exact.process_state import Eager, Setting, enter_all, leave_all
+from syncaccum.exact.process_state import Eager, run_under
 from syncaccum.exact.second_pass import SecondPass
 from syncaccum.exact.streams import Streams
 from syncaccum.layer import surroundings
@@ -118,12 +118,13 @@ def _walk(
     second = SecondPass(record.visits, len(batches), meeting.exchange_of)
     surroundings.recompute_by([visit.layer for visit in record.visits], second)
     windows = _Windows(meeting)
-    Wrappers(model, 1).prepare_to_go_alone()
+    wrappers = Wrappers(model, 1)
+    wrappers.prepare_to_go_alone()
     try:
         for index, batch in enumerate(batches):
             second.check_walked()
             second.begin(index)
-            result = _run_alone(model, forward, batch, second, streams, states)
+            result = _run_alone(forward, batch, second, wrappers, streams, states)
             second.end_forward()
             yield result
             # Gone before the next one needs memory.
@@ -140,25 +141,23 @@ def _walk(
 
 
 def _run_alone(
-    model: nn.Module, forward: Callable[[T], R], batch: T, second: SecondPass, streams: Streams, states: ModuleStates
+    forward: Callable[[T], R],
+    batch: T,
+    second: SecondPass,
+    wrappers: Wrappers,
+    streams: Streams,
+    states: ModuleStates,
 ) -> R:
     """One micro-batch's forward in the second pass."""
-    wrappers = Wrappers(model, 1)
-    settings: list[Setting] = [Eager(), wrappers, streams]
-    try:
-        try:
-            enter_all(settings)
-            wrappers.go_alone(last=second.is_last)
-            streams.begin_turn(second.index)
-            states.restore_parametrizations()
-            with surroundings.taking_part(second):
-                return refuse_unfinished(forward(batch))
-        finally:
-            leave_all(settings)
-    except BaseException:
-        # Again, because a signal may have interrupted the first.
-        leave_all(settings)
-        raise
+
+    def run() -> R:
+        wrappers.go_alone(last=second.is_last)
+        streams.begin_turn(second.index)
+        states.restore_parametrizations()
+        with surroundings.taking_part(second):
+            return refuse_unfinished(forward(batch))
+
+    return run_under([Eager(), wrappers, streams], run)
 
 
 class _Windows:

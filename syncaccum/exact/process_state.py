@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from syncaccum.torch_private import compile_stance, restore_compile_stance
+
+R = TypeVar("R")
 
 Action = Callable[[], object]
 
@@ -24,14 +26,22 @@ class Setting(Protocol):
         """Take it back. May be called twice, or where `enter` did not come to its end."""
 
 
-def enter_all(settings: Sequence[Setting]) -> None:
-    """Set each, in order."""
-    for setting in settings:
-        setting.enter()
+def run_under(settings: Sequence[Setting], function: Callable[[], R]) -> R:
+    """Call a function with each setting made, in this order, and taken back in the opposite one."""
+    try:
+        try:
+            for setting in settings:
+                setting.enter()
+            return function()
+        finally:
+            _leave(settings)
+    except BaseException:
+        # Again, because a signal may have interrupted the first.
+        _leave(settings)
+        raise
 
 
-def leave_all(settings: Sequence[Setting]) -> None:
-    """Take each back, in the opposite order."""
+def _leave(settings: Sequence[Setting]) -> None:
     for setting in reversed(settings):
         setting.leave()
 

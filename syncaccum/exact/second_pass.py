@@ -186,8 +186,7 @@ class Rounds:
     def __init__(self, exchange: Exchange, accounts: Sequence[Account], count: int) -> None:
         self._exchange = exchange
         self._accounts = accounts
-        everyones = [count] if exchange.is_alone else exchange.gather_numbers("micro-batches", count)
-        self._offset = max(everyones) - count
+        self._offset = max(exchange.gather_numbers("micro-batches", count)) - count
         self._open: tuple[int | None, Callable[[], Tensor]] | None = None
         self._number = 0
         self._is_over = False
@@ -224,6 +223,6 @@ class Rounds:
         """Tell peers that this rank does not go on. Collective, with their next round."""
         if self._open is not None:
             self.finish()
-        if not (self._is_over or self._exchange.is_alone):
+        if not self._is_over:
             self._is_over = True
             self._exchange.give_up(self._number)
