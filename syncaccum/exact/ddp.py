@@ -72,6 +72,22 @@ class Wrappers:
             wrapper.prepare_for_all()
 
 
+def reduces_in_backward(model: nn.Module) -> bool:
+    """Whether a DDP in the model communicates in the backward of what runs now."""
+    wrappers = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
+    return torch.is_grad_enabled() and any(wrapper.require_backward_grad_sync for wrapper in wrappers)
+
+
+def refuse_inside(model: nn.Module) -> None:
+    """Raise in the forward of a DDP around the model."""
+    ddp = ddp_in_forward()
+    if ddp is not None and _contains(ddp, model):
+        raise LockstepError(
+            "lookahead inside the forward of DistributedDataParallel, which would not see its backwards and reduce "
+            "nothing: call lookahead outside, with the wrapper as its model"
+        )
+
+
 def _contains(ddp: DistributedDataParallel, module: nn.Module) -> bool:
     return any(module is one for one in ddp.modules())
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from syncaccum.exact.attendance import refuse_unfinished
-from syncaccum.exact.ddp import Wrappers
+from syncaccum.exact.ddp import Wrappers, reduces_in_backward, refuse_inside
 from syncaccum.exact.known import Record, arrive_sparingly
 from syncaccum.exact.lockstep import refuse_call, run_side_by_side
 from syncaccum.exact.meeting_point import MeetingPoint, Mode
@@ -71,8 +71,8 @@ def lookahead(model: nn.Module, forward: Callable[[T], R], micro_batches: Iterab
     Source: ours; Chiley et al. 2019 (arXiv:1905.05894) take errors of the feedback back from later samples, too.
 
     Note:
-        Compiled models run as they were written: a compiled graph has no place to wait in. ``torch.utils.checkpoint``
-        works as ever.
+        Compiled functions run as they were written until the iterator ends, those of the loop's body, too: a compiled
+        graph has no place to wait in, and a checkpoint runs its block again in the backward.
 
     Example::
 
@@ -86,33 +86,47 @@ def lookahead(model: nn.Module, forward: Callable[[T], R], micro_batches: Iterab
     """
     batches = list(micro_batches)
     refuse_call("lookahead", len(batches), None)
+    refuse_inside(model)
     return _walk(model, forward, batches)
 
 
 def _walk(model: nn.Module, forward: Callable[[T], R], batches: Sequence[T]) -> Iterator[R]:
     streams, states, record = Streams(model, len(batches)), ModuleStates(model), Record()
     mode = Mode("lookahead", record.note, arrive_sparingly, lambda name: None, streams.begin_turn)
+    settings: list[Setting] = [states, streams]
     try:
-        with torch.no_grad():
-            _, meeting = run_side_by_side(mode, model, forward, batches)
-    finally:
-        streams.leave()
-        states.restore()
+        try:
+            with torch.no_grad():
+                _, meeting = run_side_by_side(mode, model, forward, batches)
+        finally:
+            leave_all(settings)
+    except BaseException:
+        # Again, because a signal may have interrupted the first.
+        leave_all(settings)
+        raise
     # Weights cast under no_grad would have no gradient.
     torch.clear_autocast_cache()
     second = SecondPass(record.visits, len(batches), meeting.exchange_of)
-    surroundings.recompute_by(meeting.statistics, second)
+    surroundings.recompute_by([visit.layer for visit in record.visits], second)
     windows = _Windows(meeting)
+    # Until the end: a checkpoint runs its block in the user's backward.
+    eager = Eager()
     try:
+        eager.enter()
         for index, batch in enumerate(batches):
             second.check_walked()
             second.begin(index)
             result = _run_alone(model, forward, batch, second, streams, states)
             second.end_forward()
+            if second.is_last and reduces_in_backward(model):
+                second.begin_reduction()
             yield result
             # Gone before the next one needs memory.
             del result
+        eager.leave()
     except BaseException as error:
+        eager.leave()
+        surroundings.stop_recomputing(second)
         # The user's loop was left. After the last result, all is well.
         if isinstance(error, GeneratorExit) and second.is_complete:
             second.end()
@@ -121,6 +135,9 @@ def _walk(model: nn.Module, forward: Callable[[T], R], batches: Sequence[T]) -> 
             second.give_up()
         raise
     second.end()
+    # The last result may still be walked, and is known again then.
+    if second.is_complete:
+        surroundings.stop_recomputing(second)
 
 
 def _run_alone(
@@ -128,7 +145,7 @@ def _run_alone(
 ) -> R:
     """One micro-batch's forward in the second pass."""
     wrappers = Wrappers(model, 1)
-    settings: list[Setting] = [Eager(), wrappers, streams]
+    settings: list[Setting] = [wrappers, streams]
     try:
         try:
             enter_all(settings)

@@ -81,6 +81,12 @@ def recompute_by(layers: Iterable[Accumulating], participant: Participant) -> No
         _recomputed[layer] = weakref.ref(participant)
 
 
+def stop_recomputing(participant: Participant) -> None:
+    """It is over, although a graph may hold it for longer."""
+    for layer in [layer for layer, reference in _recomputed.items() if reference() is participant]:
+        del _recomputed[layer]
+
+
 @contextmanager
 def taking_part(participant: Participant) -> Iterator[None]:
     """This thread runs a micro-batch of a lockstep."""
