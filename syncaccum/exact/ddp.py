@@ -40,6 +40,19 @@ class Wrappers:
         if _contains(ddp, layer):
             raise LockstepError("the forward calls a DistributedDataParallel: pass that as lockstep's model")
 
+    @property
+    def reduce_in_backward(self) -> bool:
+        """Whether one communicates in the backward of a forward that runs now."""
+        return torch.is_grad_enabled() and any(wrapper.ddp.require_backward_grad_sync for wrapper in self._inside)
+
+    def refuse_around(self) -> None:
+        """Raise in the forward of a wrapper around the model."""
+        if self._around is not None:
+            raise LockstepError(
+                "lookahead inside the forward of DistributedDataParallel, which sees no backward in there and would "
+                "reduce nothing: call lookahead outside, with the wrapper as its model"
+            )
+
     def enter(self) -> None:
         for wrapper in self._inside:
             wrapper.enter()
@@ -70,22 +83,6 @@ class Wrappers:
         """All micro-batches came through."""
         for wrapper in self._inside:
             wrapper.prepare_for_all()
-
-
-def reduces_in_backward(model: nn.Module) -> bool:
-    """Whether a DDP in the model communicates in the backward of what runs now."""
-    wrappers = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
-    return torch.is_grad_enabled() and any(wrapper.require_backward_grad_sync for wrapper in wrappers)
-
-
-def refuse_inside(model: nn.Module) -> None:
-    """Raise in the forward of a DDP around the model."""
-    ddp = ddp_in_forward()
-    if ddp is not None and _contains(ddp, model):
-        raise LockstepError(
-            "lookahead inside the forward of DistributedDataParallel, which would not see its backwards and reduce "
-            "nothing: call lookahead outside, with the wrapper as its model"
-        )
 
 
 def _contains(ddp: DistributedDataParallel, module: nn.Module) -> bool:

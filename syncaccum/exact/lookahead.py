@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from syncaccum.exact.attendance import refuse_unfinished
-from syncaccum.exact.ddp import Wrappers, reduces_in_backward, refuse_inside
+from syncaccum.exact.ddp import Wrappers
 from syncaccum.exact.known import Record, arrive_sparingly
 from syncaccum.exact.lockstep import refuse_call, run_side_by_side
 from syncaccum.exact.meeting_point import MeetingPoint, Mode
@@ -86,31 +86,30 @@ def lookahead(model: nn.Module, forward: Callable[[T], R], micro_batches: Iterab
     """
     batches = list(micro_batches)
     refuse_call("lookahead", len(batches), None)
-    refuse_inside(model)
     return _walk(model, forward, batches)
 
 
 def _walk(model: nn.Module, forward: Callable[[T], R], batches: Sequence[T]) -> Iterator[R]:
     streams, states, record = Streams(model, len(batches)), ModuleStates(model), Record()
     mode = Mode("lookahead", record.note, arrive_sparingly, lambda name: None, streams.begin_turn)
-    settings: list[Setting] = [states, streams]
     try:
         try:
+            Wrappers(model, 1).refuse_around()
             with torch.no_grad():
                 _, meeting = run_side_by_side(mode, model, forward, batches)
         finally:
-            leave_all(settings)
+            leave_all([states, streams])
     except BaseException:
         # Again, because a signal may have interrupted the first.
-        leave_all(settings)
+        leave_all([states, streams])
         raise
+    # Until the end: a checkpoint runs its block in the user's backward.
+    eager = Eager()
     # Weights cast under no_grad would have no gradient.
     torch.clear_autocast_cache()
     second = SecondPass(record.visits, len(batches), meeting.exchange_of)
     surroundings.recompute_by([visit.layer for visit in record.visits], second)
     windows = _Windows(meeting)
-    # Until the end: a checkpoint runs its block in the user's backward.
-    eager = Eager()
     try:
         eager.enter()
         for index, batch in enumerate(batches):
@@ -118,7 +117,7 @@ def _walk(model: nn.Module, forward: Callable[[T], R], batches: Sequence[T]) -> 
             second.begin(index)
             result = _run_alone(model, forward, batch, second, streams, states)
             second.end_forward()
-            if second.is_last and reduces_in_backward(model):
+            if second.is_last and Wrappers(model, 1).reduce_in_backward:
                 second.begin_reduction()
             yield result
             # Gone before the next one needs memory.
