@@ -123,17 +123,23 @@ def _walk(model: nn.Module, forward: Callable[[T], R], batches: Sequence[T]) -> 
             # Gone before the next one needs memory.
             del result
         eager.leave()
+        second.end()
     except BaseException as error:
         eager.leave()
         surroundings.stop_recomputing(second)
         # The user's loop was left. After the last result, all is well.
-        if isinstance(error, GeneratorExit) and second.is_complete:
-            second.end()
-        else:
-            windows.take_back()
-            second.give_up()
+        is_well = isinstance(error, GeneratorExit) and second.is_complete
+        try:
+            if is_well:
+                second.end()
+        except BaseException:
+            is_well = False
+            raise
+        finally:
+            if not is_well:
+                windows.take_back()
+                second.give_up()
         raise
-    second.end()
     # The last result may still be walked, and is known again then.
     if second.is_complete:
         surroundings.stop_recomputing(second)

@@ -48,7 +48,6 @@ class SecondPass:
         self._position = 0
         self._wanted = self._walked = 0
         self._is_walked = False
-        self._peers_reduce = False
         self._drift = [visit.total.new_zeros(()) for visit in visits]
 
     def begin(self, index: int) -> None:
@@ -93,8 +92,7 @@ class SecondPass:
     def end(self) -> None:
         """All are walked. Collective where there are peers."""
         for rounds in self._rounds:
-            rounds.start(self.index)
-            rounds.finish()
+            rounds.end(self.index)
         self._check_drift()
         # A window without gradients says nothing of the next one's.
         if not self._is_walked:
@@ -108,13 +106,9 @@ class SecondPass:
         """The last backward is next, in which DistributedDataParallel communicates. Collective: all came so far."""
         for rounds in self._rounds:
             rounds.begin_reduction(self.index)
-        self._peers_reduce = True
 
     def give_up(self) -> None:
         """This rank does not go on: tell its peers. Collective, with their rounds."""
-        # A message would meet gradients, which gloo answers with an abort.
-        if self._peers_reduce:
-            return
         for rounds in self._rounds:
             # Peers may have given up, too.
             with suppress(LockstepError, CommitError):
@@ -210,6 +204,7 @@ class Rounds:
         self._offset = max(everyones) - count
         self._open: tuple[int | None, Callable[[], Tensor]] | None = None
         self._number = 0
+        self._is_over = False
 
     def sit_out(self) -> None:
         """The rounds before this rank's first micro-batch. Collective."""
@@ -223,8 +218,17 @@ class Rounds:
 
     def begin_reduction(self, index: int) -> None:
         """Find out whether all ranks came through their last forward. Collective."""
+        # Whatever comes of it, peers do not wait for a round then.
+        # A message would meet gradients, which gloo answers with an abort.
+        self._is_over = True
         if not self._exchange.is_alone:
             self._exchange.gather_numbers("last backward", index)
+
+    def end(self, index: int) -> None:
+        """The last round. Collective."""
+        self.start(index)
+        self.finish()
+        self._is_over = True
 
     def _start(self, number: int, index: int | None) -> None:
         values = torch.cat([account.packed(index) for account in self._accounts])
@@ -236,16 +240,18 @@ class Rounds:
         if self._open is None:
             return
         (index, wait), self._open = self._open, None
-        sizes = [account.size for account in self._accounts]
-        parts = torch.split(wait(), sizes)
+        # A failure here is known to the peers.
+        self._is_over = True
+        parts = torch.split(wait(), [account.size for account in self._accounts])
+        self._is_over = False
         counts = torch.stack([part[0] for part in parts]).tolist()
         for account, part, count in zip(self._accounts, parts, counts, strict=True):
             account.close_round(index, part[1:], count)
 
     def give_up(self) -> None:
         """Tell peers that this rank does not go on. Collective, with their next round."""
-        if self._exchange.is_alone:
-            return
         if self._open is not None:
             self.finish()
-        self._exchange.give_up(self._number)
+        if not (self._is_over or self._exchange.is_alone):
+            self._is_over = True
+            self._exchange.give_up(self._number)

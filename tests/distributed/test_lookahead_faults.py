@@ -119,9 +119,8 @@ def test_peers_name_the_rank_that_raised_at_once(rank: Rank, at: int, in_body: b
 def test_the_news_passes_from_group_to_group(rank: Rank, at: int) -> None:
     """Rank 2 shares no layer with the rank that raises, but one with a rank that does."""
     left, right = dist.new_group([0, 1]), dist.new_group([1, 2])
-    alone = dist.new_group([rank.index], use_local_synchronization=True)
-    groups = [(left, alone), (left, right), (right, alone)][rank.index]
-    model = make(groups)
+    alone = [dist.new_group([index]) for index in range(3)][rank.index]
+    model = make([(left, alone), (left, right), (alone, right)][rank.index])
     start = time.monotonic()
     with pytest.raises((BoomError, LockstepError)) as caught:
         run_until(model, parts_of(rank, 2, 3, 1), lambda index: rank.index == 0 and index == at, False)
