@@ -36,7 +36,7 @@ def lookahead(model: nn.Module, forward: Callable[[T], R], micro_batches: Iterab
 
     .. math:: \frac{\partial L}{\partial x} = \frac{\gamma}{\sqrt{v + \epsilon}} \bigl(dy - A - \hat x B\bigr)
 
-    has the means A and B of dy and :math:`dy\,\hat x` over the global batch, and a micro-batch's backward cannot know them.
+    has the means A and B of dy and :math:`dy\,\hat x` over the global batch. No micro-batch's backward can know them.
     Here each pays what the window owes so far, spread over the values still to come (*balanced feedback*), so that in
     total the window gets what it owes. Memory is that of one micro-batch's activations, and in the first pass one input
     of one layer for each micro-batch. Time is one more forward.

@@ -1,4 +1,4 @@
-"""lookahead over ranks that are at odds: one gives up, with long messages, several groups, or DDP in its last backward."""
+"""lookahead over ranks of which one gives up: with long messages, with several groups, before DDP's last backward."""
 
 from __future__ import annotations
 
@@ -156,7 +156,6 @@ def test_under_ddp_a_failure_in_the_last_forward_meets_no_gradients(rank: Rank, 
     assert rank.index == 1 or "rank 1 given up" in str(caught.value)
     assert windows_of(model) == [0, 0]
     check_a_window(model, rank)
-    del ddp
     gc.collect()
 
 
@@ -166,12 +165,10 @@ def test_under_ddp_a_failure_before_the_last_backward_is_found_at_the_timeout(ra
     ddp = DistributedDataParallel(make())
     with pytest.raises((BoomError, RuntimeError)) as caught:
         run_until(ddp, parts_of(rank, 2, 3), lambda index: rank.index == 1 and index == 1, in_body=True)
-        if rank.index == 0:
-            raise CommitError("it waited for nobody")
     assert isinstance(caught.value, BoomError if rank.index == 1 else RuntimeError)
+    # It is torch's own error: no message of ours met the gradients.
     assert not isinstance(caught.value, CommitError)
     assert windows_of(ddp) == [0, 0]
-    del ddp
     gc.collect()
 
 
@@ -189,5 +186,4 @@ def test_a_rank_with_an_empty_micro_batch_only(rank: Rank) -> None:
     assert torch.equal(gradient, model.linear.weight.grad)
     assert gradient.abs().sum() > 0
     commit(ddp)
-    del ddp
     gc.collect()
