@@ -304,7 +304,6 @@ def test_a_forward_of_its_own_under_checkpoint_meanwhile_is_found() -> None:
         (loss + loss_of(extra)).backward()
     with pytest.raises(LockstepError, match=r"values at layer .* were not those of the first pass"):
         next(results)
-    assert [layer.window.count for layer in layers_of(model)] == [0, 0]
 
 
 def test_results_walked_one_loss_after_the_other_have_the_gradient_of_the_sum() -> None:
