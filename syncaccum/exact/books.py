@@ -48,6 +48,7 @@ class Account:
         self._done = 0.0
         self._done_here = 0.0
         self._mine_now = torch.zeros_like(self._applied)
+        self._paid_now = torch.zeros_like(self._applied)
 
     def pay(self, index: int, samples: int, left: int, sums: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """What each value of a micro-batch pays, from its sums of dy and of dy x_hat."""
@@ -56,8 +57,9 @@ class Account:
         if n == 0:
             return torch.zeros_like(sums[0]), torch.zeros_like(sums[1])
         debt = self._owed(n, samples, left) * (self._mine / self._total) - self._applied
-        each = spread(debt, n, self._done_here, self._mine)
-        self._applied.add_(each, alpha=n)
+        # Less what an earlier walk of the same result has paid.
+        each = spread(debt, n, self._done_here, self._mine) - self._paid_now
+        self._paid_now += each
         first, second = each.chunk(2)
         return first, second
 
@@ -84,8 +86,11 @@ class Account:
         """Take up the sums and the count of all ranks."""
         self._everyones += everyones
         self._done += count
-        self._done_here += 0 if index is None else self._counts[index]
+        n = 0 if index is None else self._counts[index]
+        self._done_here += n
+        self._applied.add_(self._paid_now, alpha=n)
         self._mine_now.zero_()
+        self._paid_now.zero_()
 
     @property
     def size(self) -> int:

@@ -46,6 +46,19 @@ class Wrappers:
         if _contains(ddp, layer):
             raise LockstepError("the forward calls a DistributedDataParallel: pass that as lockstep's model")
 
+    @property
+    def reduce_in_backward(self) -> bool:
+        """Whether one communicates in the backward of a forward that runs now."""
+        return torch.is_grad_enabled() and any(wrapper.ddp.require_backward_grad_sync for wrapper in self._inside)
+
+    def refuse_around(self) -> None:
+        """Raise in the forward of a wrapper around the model."""
+        if self._around is not None:
+            raise LockstepError(
+                "lookahead inside the forward of DistributedDataParallel, which sees no backward in there and would "
+                "reduce nothing: call lookahead outside, with the wrapper as its model"
+            )
+
     def enter(self) -> None:
         for wrapper in self._inside:
             wrapper.enter()

@@ -103,8 +103,10 @@ class Exchange:
     def start_round(self, number: int, values: Tensor) -> Callable[[], Tensor]:
         """Begin to add up the float64 values of all ranks; what is returned waits for the sums. Collective."""
         visit = Visit(self._call, self._lockstep, number, f"round {number}", 0)
-        waits = [self._start(visit, "backward", part) for part in torch.split(values, self._size - HEADER)]
-        return lambda: torch.cat([wait() for wait in waits])
+        first, *others = torch.split(values, self._size - HEADER)
+        wait = self._start(visit, "backward", first)
+        # One at a time: where ranks are at odds, none may be on its way.
+        return lambda: torch.cat([wait(), *(self._reduce(visit, "backward", part) for part in others)])
 
     def give_up(self, number: int) -> None:
         """Tell peers, who are in a round or will be, that this rank does not go on. Collective, with their rounds."""

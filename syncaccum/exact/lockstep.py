@@ -143,8 +143,13 @@ def run_side_by_side(
     results: list[Any] = [None] * len(batches)
 
     def run(index: int) -> None:
-        with surroundings.taking_part(_Participant(index, mode, meeting, turns, teams)), weights.for_one():
-            results[index] = refuse_unfinished(forward(batches[index]))
+        here = surroundings.TakingPart(_Participant(index, mode, meeting, turns, teams))
+
+        def run_one() -> None:
+            with weights.for_one():
+                results[index] = refuse_unfinished(forward(batches[index]))
+
+        run_under([here], run_one)
         teams.release()
 
     def run_all() -> None:

@@ -22,6 +22,7 @@ from syncaccum.exact.offload import WaitingRoom, stay
 from syncaccum.exact.process_state import Eager, run_under
 from syncaccum.exact.second_pass import SecondPass
 from syncaccum.exact.streams import Streams
+from syncaccum.exact.thread_state import NoGraph
 from syncaccum.layer import surroundings
 from syncaccum.torch_private import tensors_in, version_of
 
@@ -77,8 +78,8 @@ def lookahead(
     Source: ours; Chiley et al. 2019 (arXiv:1905.05894) take errors of the feedback back from later samples, too.
 
     Note:
-        Compiled models run as they were written: a compiled graph has no place to wait in. ``torch.utils.checkpoint``
-        works as ever.
+        Compiled functions run as they were written until the iterator ends, those of the loop's body, too: a compiled
+        graph has no place to wait in, and a checkpoint runs its block again in the backward.
 
     Example::
 
@@ -107,37 +108,54 @@ def _walk(
     streams, states = Streams(model, len(batches)), ModuleStates(model)
     record = Record(stay if shared is None else WaitingRoom(shared).park)
     mode = Mode("lookahead", record.note, record.arrive, lambda name: None, streams.begin_turn)
-    try:
-        with torch.no_grad():
-            _, meeting = run_side_by_side(mode, model, forward, batches)
-    finally:
-        streams.leave()
-        states.restore()
+    wrappers = Wrappers(model, 1)
+
+    def run_first() -> MeetingPoint:
+        wrappers.refuse_around()
+        return run_side_by_side(mode, model, forward, batches)[1]
+
+    meeting = run_under([states, streams, NoGraph()], run_first)
+    # Until the end: a checkpoint runs its block in the user's backward.
+    eager = Eager()
     # Weights cast under no_grad would have no gradient.
     torch.clear_autocast_cache()
     second = SecondPass(record.visits, len(batches), meeting.exchange_of)
     surroundings.recompute_by([visit.layer for visit in record.visits], second)
     windows = _Windows(meeting)
-    wrappers = Wrappers(model, 1)
     wrappers.prepare_to_go_alone()
     try:
+        eager.enter()
         for index, batch in enumerate(batches):
             second.check_walked()
             second.begin(index)
             result = _run_alone(forward, batch, second, wrappers, streams, states)
             second.end_forward()
+            if second.is_last and wrappers.reduce_in_backward:
+                second.begin_reduction()
             yield result
             # Gone before the next one needs memory.
             del result
+        eager.leave()
+        second.end()
     except BaseException as error:
+        eager.leave()
+        surroundings.stop_recomputing(second)
         # The user's loop was left. After the last result, all is well.
-        if isinstance(error, GeneratorExit) and second.is_complete:
-            second.end()
-        else:
-            windows.take_back()
-            second.give_up()
+        is_well = isinstance(error, GeneratorExit) and second.is_complete
+        try:
+            if is_well:
+                second.end()
+        except BaseException:
+            is_well = False
+            raise
+        finally:
+            if not is_well:
+                windows.take_back()
+                second.give_up()
         raise
-    second.end()
+    # The last result may still be walked, and is known again then.
+    if second.is_complete:
+        surroundings.stop_recomputing(second)
 
 
 def _run_alone(
@@ -154,10 +172,9 @@ def _run_alone(
         wrappers.go_alone(last=second.is_last)
         streams.begin_turn(second.index)
         states.restore_parametrizations()
-        with surroundings.taking_part(second):
-            return refuse_unfinished(forward(batch))
+        return refuse_unfinished(forward(batch))
 
-    return run_under([Eager(), wrappers, streams], run)
+    return run_under([wrappers, streams, surroundings.TakingPart(second)], run)
 
 
 class _Windows:

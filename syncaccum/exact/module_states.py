@@ -7,6 +7,7 @@ same state by every micro-batch, as in lockstep: the large batch computes them o
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,17 +25,23 @@ class ModuleStates:
         # Lazy modules become others in their first forward.
         modules = [m for m in model.modules() if m.training and not isinstance(m, (Accumulating, LazyModuleMixin))]
         self._attributes = {module: dict(vars(module)) for module in modules}
+        self._plain = [(tensor, tensor.detach().clone()) for tensor in _find_plain_tensors(modules)]
         self._buffers = {module: _copy_buffers(module) for module in modules if buffers_of(module)}
         lists = (m for m in modules if isinstance(m, ParametrizationList))
         self._parametrizations = {part for weights in lists for part in weights.modules()}
 
-    def restore(self) -> None:
-        """Undo what has changed since."""
+    def enter(self) -> None:
+        """Nothing: states are noted when this is made."""
+
+    def leave(self) -> None:
+        """Undo what has changed since. May be called twice."""
         for module, before in self._attributes.items():
             now = vars(module)
             for name in now.keys() - before.keys():
                 del now[name]
             now.update(before)
+        for tensor, values in self._plain:
+            tensor.detach().copy_(values)
         for module, buffers in self._buffers.items():
             _restore_buffers(module, buffers)
 
@@ -42,6 +49,14 @@ class ModuleStates:
         """Undo it where weights are computed: the next micro-batch computes the same ones."""
         for module in self._parametrizations & self._buffers.keys():
             _restore_buffers(module, self._buffers[module])
+
+
+def _find_plain_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Attributes that are neither parameters nor buffers. What was computed with a graph is computed anew."""
+    for module in modules:
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and value.grad_fn is None:
+                yield value
 
 
 Copies = dict[str, tuple[Tensor | None, Tensor | None]]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from syncaccum.errors import LockstepError
+from syncaccum.errors import CommitError, LockstepError
 from syncaccum.exact.books import Account
 from syncaccum.exact.exchange import Exchange
 from syncaccum.exact.known import KnownVisit
@@ -47,6 +48,7 @@ class SecondPass:
         """Of the micro-batch that runs."""
         self._position = 0
         self._wanted = self._walked = 0
+        self._is_walked = False
         self._drift = [visit.total.new_zeros(()) for visit in visits]
 
     def begin(self, index: int) -> None:
@@ -91,18 +93,27 @@ class SecondPass:
     def end(self) -> None:
         """All are walked. Collective where there are peers."""
         for rounds in self._rounds:
-            rounds.start(self.index)
-            rounds.finish()
+            rounds.end(self.index)
         self._check_drift()
+        # A window without gradients says nothing of the next one's.
+        if not self._is_walked:
+            return
         by_layer: dict[Accumulating, list[Tensor]] = {}
         for visit, account in zip(self._visits, self._accounts, strict=True):
             by_layer.setdefault(visit.layer, []).append(account.mean)
         _means.update(by_layer)
 
+    def begin_reduction(self) -> None:
+        """The last backward is next, in which DistributedDataParallel communicates. Collective: all came so far."""
+        for rounds in self._rounds:
+            rounds.begin_reduction(self.index)
+
     def give_up(self) -> None:
         """This rank does not go on: tell its peers. Collective, with their rounds."""
         for rounds in self._rounds:
-            rounds.give_up()
+            # Peers may have given up, too.
+            with suppress(LockstepError, CommitError):
+                rounds.give_up()
 
     def normalize(
         self, layer: Accumulating, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, counts: bool
@@ -110,10 +121,13 @@ class SecondPass:
         """The output at the next visit; in a checkpoint's second forward, at the one that it repeats."""
         number = self._find_again(layer, x) if runs_in_backward() else self._go_on(layer, x)
         visit, account, index = self._visits[number], self._accounts[number], self.index
+        # Not x: the graph would hold it until the next result is there.
+        samples = x.shape[0]
 
         def pay(sums: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             self._walked += 1
-            return account.pay(index, x.shape[0], self._count - index, sums)
+            self._is_walked = True
+            return account.pay(index, samples, self._count - index, sums)
 
         y = visit.normalize(x, weight, bias, pay)
         self._wanted += y.requires_grad
@@ -141,10 +155,11 @@ class SecondPass:
     def _find_again(self, layer: Accumulating, x: Tensor) -> int:
         """The visit that a checkpoint repeats: of several, the one whose values these are."""
         numbers = [number for number, visit in enumerate(self._visits) if visit.layer is layer]
-        if len(numbers) == 1:
-            return numbers[0]
-        distances = [distance(x, self._visits[number].samples[self.index]) for number in numbers]
-        return numbers[int(torch.stack(distances).argmin())]
+        distances = torch.stack([distance(x, self._visits[number].samples[self.index]) for number in numbers])
+        number = numbers[0] if len(numbers) == 1 else numbers[int(distances.argmin())]
+        # It may repeat another forward than ours.
+        self._drift[number] = torch.maximum(self._drift[number], distances.min())
+        return number
 
     def _check_drift(self) -> None:
         if not self._visits:
@@ -201,6 +216,20 @@ class Rounds:
         """Send the sums of a micro-batch that was walked. Collective."""
         self._start(self._offset + index, index)
 
+    def begin_reduction(self, index: int) -> None:
+        """Find out whether all ranks came through their last forward. Collective."""
+        # Whatever comes of it, peers do not wait for a round then.
+        # A message would meet gradients, which gloo answers with an abort.
+        self._is_over = True
+        if not self._exchange.is_alone:
+            self._exchange.gather_numbers("last backward", index)
+
+    def end(self, index: int) -> None:
+        """The last round. Collective."""
+        self.start(index)
+        self.finish()
+        self._is_over = True
+
     def _start(self, number: int, index: int | None) -> None:
         values = torch.cat([account.packed(index) for account in self._accounts])
         self._open = index, self._exchange.start_round(number, values)
@@ -223,6 +252,6 @@ class Rounds:
         """Tell peers that this rank does not go on. Collective, with their next round."""
         if self._open is not None:
             self.finish()
-        if not self._is_over:
+        if not (self._is_over or self._exchange.is_alone):
             self._is_over = True
             self._exchange.give_up(self._number)

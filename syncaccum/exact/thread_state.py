@@ -67,3 +67,16 @@ class ThreadState:
             yield in_dispatch_mode(mode)
         for mode in self._function_modes:
             yield in_function_mode(mode)
+
+
+class NoGraph:
+    """No graph is recorded in this thread, between `enter` and `leave`: `torch.no_grad` for `run_under`."""
+
+    def __init__(self) -> None:
+        self._before = torch.is_grad_enabled()
+
+    def enter(self) -> None:
+        torch.set_grad_enabled(False)
+
+    def leave(self) -> None:
+        torch.set_grad_enabled(self._before)

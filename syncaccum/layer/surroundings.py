@@ -81,13 +81,22 @@ def recompute_by(layers: Iterable[Accumulating], participant: Participant) -> No
         _recomputed[layer] = weakref.ref(participant)
 
 
-@contextmanager
-def taking_part(participant: Participant) -> Iterator[None]:
-    """This thread runs a micro-batch of a lockstep."""
-    _here.participant = participant
-    try:
-        yield
-    finally:
+def stop_recomputing(participant: Participant) -> None:
+    """It is over, although a graph may hold it for longer."""
+    for layer in [layer for layer, reference in _recomputed.items() if reference() is participant]:
+        del _recomputed[layer]
+
+
+class TakingPart:
+    """This thread runs a micro-batch of a lockstep, between `enter` and `leave`."""
+
+    def __init__(self, participant: Participant) -> None:
+        self._participant = participant
+
+    def enter(self) -> None:
+        _here.participant = self._participant
+
+    def leave(self) -> None:
         # Not what was before: a lockstep is never inside another.
         _here.participant = None
 
