@@ -65,7 +65,7 @@ def accumulate_together(sums: Mapping[Accumulating, Tensor]) -> None:
     for layer in sums:
         _open(layer)
         match_width(layer)
-        _bring_home(layer._accumulation, sums[layer].device)
+        bring_window_home(layer._accumulation, sums[layer].device)
     # One call for all layers: a signal comes before or after it.
     if sums:
         add_to_all([layer._accumulation.window for layer in sums], list(sums.values()))
@@ -92,11 +92,12 @@ _replicas = threading.Lock()
 
 
 def _add(state: Accumulation, sums: Tensor) -> None:
-    _bring_home(state, sums.device)
+    bring_window_home(state, sums.device)
     state.window.add_(sums)
 
 
-def _bring_home(state: Accumulation, device: torch.device) -> None:
+def bring_window_home(state: Accumulation, device: torch.device) -> None:
+    """Have the open window on the device of the data."""
     # Some tools move a layer without _apply: follow the data.
     # An inference tensor refuses to be added to.
     if state.window.device != device or state.window.is_inference():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from syncaccum.layer.ledger import Ledger
 from syncaccum.layer.settings import check_settings
 from syncaccum.ranks.groups import GroupHandle
 
@@ -44,6 +45,8 @@ class Accumulation:
     """How often one has added to the layer's windows. Not reset with them."""
     uncounted: int = 0
     """How many ``not_counted`` are open."""
+    ledger: Ledger | None = None
+    """Under policy "window": what is known besides the window."""
     name: str = ""
     """In the model that was converted; for messages."""
     normalises_itself: bool = False
@@ -53,14 +56,26 @@ class Accumulation:
 
     def __post_init__(self) -> None:
         check_settings(self.normalization, self.r_max, self.d_max, self.prior_count)
+        self.match_ledger()
+
+    def match_ledger(self) -> None:
+        """Have a ledger of the window's width under policy "window", and none under others."""
+        if self.normalization != "window":
+            self.ledger = None
+        elif self.ledger is None or self.ledger.last.numel() != self.window.numel():
+            self.ledger = Ledger.like(self.window)
 
     def drop(self) -> None:
         """Forget the open window."""
         self.window.zero_()
+        if self.ledger is not None:
+            self.ledger.discard()
         vars(self).update(NEW_WINDOW)
 
     def replace_statistics(self, *, is_committed: bool) -> None:
         """Start anew, because the running statistics came from elsewhere. The window belonged to those before."""
         self.drop()
+        if self.ledger is not None:
+            self.ledger.forget()
         self.is_committed = is_committed
         self.has_normalised = False

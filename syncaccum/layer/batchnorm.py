@@ -10,7 +10,8 @@ from syncaccum.layer.accumulate import accumulate, is_counted
 from syncaccum.layer.notices import note_forward, note_uncounted_forward
 from syncaccum.layer.passes import normalize
 from syncaccum.layer.policies import choose_policy
-from syncaccum.layer.settings import Setting, check_momentum
+from syncaccum.layer.settings import DEFAULT_POLICY, Setting, check_momentum
+from syncaccum.layer.so_far import normalize_so_far
 from syncaccum.layer.state import TRACED_AS, Accumulating, adopt, has_statistics, tracks
 from syncaccum.moments import Moments
 from syncaccum.ranks.groups import Group
@@ -92,7 +93,7 @@ class SyncAccumBatchNorm(Accumulating):
         affine: bool = True,
         track_running_stats: bool = True,
         process_group: Group = None,
-        normalization: str = "renorm",
+        normalization: str = DEFAULT_POLICY,
         *,
         r_max: float = 1.5,
         d_max: float = 0.5,
@@ -189,8 +190,11 @@ def normalize_and_accumulate(
             return participant.normalize(layer, input, weight, bias, eps, counts=counts)
         note_forward(layer)
     # numel / C: how many values each channel has.
-    policy = choose_policy(layer, input.numel() // layer.num_features, eps)
-    output, sums = normalize(input, weight, bias, policy)
+    n = input.numel() // layer.num_features
+    if n > 0 and layer._accumulation.normalization == "window":
+        output, sums = normalize_so_far(layer, input, weight, bias, eps, counts=counts)
+    else:
+        output, sums = normalize(input, weight, bias, choose_policy(layer, n, eps))
     if counts:
         # Last: a forward that raises leaves the window as it was.
         accumulate(layer, sums)

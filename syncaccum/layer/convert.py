@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from syncaccum.layer.batchnorm import SyncAccumBatchNorm
 from syncaccum.layer.routing import call_through, forward_through
-from syncaccum.layer.settings import check_momentum, check_settings
+from syncaccum.layer.settings import DEFAULT_POLICY, check_momentum, check_settings
 from syncaccum.layer.state import TRACED_AS, adopt, release
 from syncaccum.ranks.groups import Group, GroupHandle
 from syncaccum.torch_private import BatchNormBase, buffers_of, parameters_of, submodules_of
@@ -25,7 +25,7 @@ from syncaccum.torch_private import BatchNormBase, buffers_of, parameters_of, su
 M = TypeVar("M", bound=nn.Module)
 
 
-def convert_sync_accum(module: M, process_group: Group = None, normalization: str = "renorm") -> M:
+def convert_sync_accum(module: M, process_group: Group = None, normalization: str = DEFAULT_POLICY) -> M:
     """Turn every BatchNorm layer of a model into a SyncAccumBatchNorm, in place.
 
     BatchNorm1d/2d/3d, nn.SyncBatchNorm (which keeps its process group unless another is given) and their

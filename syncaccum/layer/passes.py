@@ -174,7 +174,9 @@ def parameter_gradients(norm: Normalizer, sums: tuple[Tensor, Tensor]) -> tuple[
     return dweight, sum_dy
 
 
-def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Policy) -> tuple[Tensor, Tensor]:
+def normalize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Policy, balance: ReduceSums | None = None
+) -> tuple[Tensor, Tensor]:
     """Normalise a micro-batch under a policy; also its packed moments, detached.
 
     Args:
@@ -182,6 +184,7 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Pol
             memory order.
         weight, bias: shape ``(C,)`` or None.
         policy: turns the micro-batch's moments into what to apply.
+        balance: from the micro-batch's two sums of the backward to those that its gradient takes; None for its own.
     """
     x = make_dense(x)
     if torch.compiler.is_compiling() or is_transformed() or has_no_values(x):
@@ -192,7 +195,7 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Pol
         measured = measure(x)
         norm = policy.normalizer(measured.n, measured.mean, measured.variance)
         sums = measured.sums()
-    (y,) = _apply_normalize(norm, [measured], weight, bias, None, policy, x)
+    (y,) = _apply_normalize(norm, [measured], weight, bias, balance, policy, x)
     return y, sums
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from syncaccum.layer.state import Accumulating
+from syncaccum.moments import pack_statistics
 from syncaccum.torch_private import buffers_of, has_no_values
 
 
@@ -123,7 +124,30 @@ class Renorm(NamedTuple):
         return Normalizer(mu_s, scale, r, d, w / count)
 
 
-Policy = Batch | Running | Renorm
+class Window(NamedTuple):
+    r"""The window so far: this micro-batch together with the window's earlier ones and with the last window.
+
+    ``others`` are packed moments of those: count k, sum :math:`T_1`, sum of squares :math:`T_2`. With the
+    micro-batch's n, m and v:
+
+    .. math::
+        c = \frac{T_1 + n m}{k + n}, \qquad s^{-2} = \frac{T_2 + n (v + m^2)}{k + n} - c^2 + \epsilon
+
+    ``feedback`` is 1, because the backward is handed what each value takes back, and no sums (`so_far`).
+    """
+
+    eps: float
+    others: Tensor
+
+    def normalizer(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
+        total = self.others + pack_statistics(count, mean, variance)
+        center, mean_sq = (total[1:] / total[0]).chunk(2)
+        # Rounding can leave a constant channel below zero.
+        var = torch.addcmul(mean_sq, center, center, value=-1).clamp_min(0)
+        return Normalizer(center, torch.rsqrt(var + self.eps), None, None, 1.0)
+
+
+Policy = Batch | Running | Renorm | Window
 
 
 def choose_policy(layer: Accumulating, count: int, eps: float) -> Policy:
@@ -142,11 +166,11 @@ def choose_policy(layer: Accumulating, count: int, eps: float) -> Policy:
     if state.normalization == "batch" and count > 1:
         return Batch(eps)
     # One value has no statistics of its own to use instead.
-    untrained = _ask_if_untrained(layer) if state.normalization == "renorm" and count > 1 else False
+    untrained = ask_if_untrained(layer) if state.normalization == "renorm" and count > 1 else False
     # Known on a CPU: `Batch` has less arithmetic.
     if untrained is True:
         return Batch(eps)
-    mean, variance = _copy_committed(layer)
+    mean, variance = copy_committed(layer)
     maybe_untrained = None if untrained is False else untrained
     if state.normalization == "renorm" and count > 0:
         return Renorm(eps, mean, variance, maybe_untrained, state.prior_count, state.r_max, state.d_max)
@@ -154,7 +178,7 @@ def choose_policy(layer: Accumulating, count: int, eps: float) -> Policy:
     return Running(eps, mean, variance)
 
 
-def _ask_if_untrained(layer: Accumulating) -> bool | Tensor:
+def ask_if_untrained(layer: Accumulating) -> bool | Tensor:
     """Whether the layer never had a commit: a boolean, or on a GPU a tensor that need not be waited for."""
     batches = buffers_of(layer)["num_batches_tracked"]
     # Without a counter nobody can tell: believe the statistics.
@@ -166,7 +190,7 @@ def _ask_if_untrained(layer: Accumulating) -> bool | Tensor:
     return batches == 0
 
 
-def _copy_committed(layer: Accumulating) -> tuple[Tensor, Tensor]:
+def copy_committed(layer: Accumulating) -> tuple[Tensor, Tensor]:
     # Copies: a commit before the backward must not change the gradient.
     buffers = buffers_of(layer)
     mean, variance = cast(Tensor, buffers["running_mean"]), cast(Tensor, buffers["running_var"])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-POLICIES = ("renorm", "batch", "running")
+POLICIES = ("renorm", "batch", "running", "window")
 """The names of the normalization policies; `policies` says what they are."""
+
+DEFAULT_POLICY = "renorm"
 
 
 class Setting:
@@ -24,6 +26,7 @@ class Setting:
         settings = {n: getattr(state, n) for n in ("normalization", "r_max", "d_max", "prior_count")}
         check_settings(**{**settings, self._name: value})
         setattr(state, self._name, value)
+        state.match_ledger()
 
 
 def check_settings(normalization: str, r_max: float = 1.5, d_max: float = 0.5, prior_count: float = 1.0) -> None:

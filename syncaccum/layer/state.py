@@ -42,6 +42,8 @@ class Accumulating(BatchNormBase):
         # What is made under inference_mode refuses to change later.
         with torch.inference_mode(False):
             self._accumulation.window = follow(self._accumulation.window, fn)
+            if self._accumulation.ledger is not None:
+                self._accumulation.ledger.follow(fn)
         return self
 
 
@@ -87,6 +89,7 @@ def match_width(layer: Accumulating) -> None:
             "another width: commit(model) or discard(model) before its channels are pruned or added"
         )
     state.window = Moments.zeros_packed(layer.num_features, state.window.device)
+    state.match_ledger()
 
 
 def release(layer: Any) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from syncaccum.errors import NonFiniteStatisticsError
+from syncaccum.layer.accumulation import Accumulation
+from syncaccum.layer.ledger import steps_of_commit
 from syncaccum.layer.state import Accumulating, commit_momentum
 from syncaccum.torch_private import add_to_all, buffers_of, copy_all
 from syncaccum.window.layers import NamedLayer
 from syncaccum.window.layout import Layout
-from syncaccum.window.uninterrupted import run_uninterrupted, steps_of_drop
+from syncaccum.window.uninterrupted import run_uninterrupted, steps_of_new_window
 
 
 def apply_to_some(layout: Layout, counts: Sequence[int], seen: Sequence[NamedLayer], reduced: Tensor) -> None:
@@ -37,6 +39,7 @@ def apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> Non
     _, at_count, at_sums = layout.indices(reduced.device)
     n = reduced.index_select(0, at_count)
     update = reduced.index_select(0, at_sums).view(2, -1).div_(n)
+    kept = _keep_for_ledgers(members, update)
     mean, variance = update.unbind()
     # In place: variance is a view of update's second row.
     # Rounding can leave a constant channel below zero.
@@ -57,11 +60,28 @@ def apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> Non
         [
             partial(copy_all, current, stored),
             partial(add_to_all, counters, 1),
-            *steps_of_drop(states),
+            *steps_of_new_window(states),
+            *_steps_of_ledgers(states, layout, kept),
             # A checkpoint's second forward would now see other statistics.
             *(partial(setattr, state, "has_normalised", False) for state in states),
         ]
     )
+
+
+def _keep_for_ledgers(members: Sequence[NamedLayer], update: Tensor) -> Tensor | None:
+    """A copy of the global batch's means and mean squares, where a policy wants them in the next window."""
+    return update.clone() if any(layer._accumulation.ledger is not None for _, layer in members) else None
+
+
+def _steps_of_ledgers(states: Sequence[Accumulation], layout: Layout, kept: Tensor | None) -> list[partial[Any]]:
+    if kept is None:
+        return []
+    rows = ([*torch.split(row, list(layout.widths))] for row in kept)
+    having = [
+        (state.ledger, *vectors) for state, *vectors in zip(states, *rows, strict=True) if state.ledger is not None
+    ]
+    ledgers, means, mean_squares = zip(*having, strict=True)
+    return steps_of_commit(ledgers, means, mean_squares)
 
 
 def _round_as_stored(new: Tensor, layout: Layout, current: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

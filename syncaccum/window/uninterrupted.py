@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from syncaccum.layer.accumulation import NEW_WINDOW, Accumulation
+from syncaccum.layer.ledger import steps_of_discard
 from syncaccum.torch_private import without_torch_function, zero_all
 
 
@@ -23,7 +24,13 @@ def run_uninterrupted(steps: Sequence[partial[Any]]) -> None:
 
 
 def steps_of_drop(states: Sequence[Accumulation]) -> list[partial[Any]]:
-    """The steps that start a new window in each layer, as ``Accumulation.drop``."""
+    """The steps that drop the window of each layer, as ``Accumulation.drop``."""
+    ledgers = [state.ledger for state in states if state.ledger is not None]
+    return [*steps_of_new_window(states), *steps_of_discard(ledgers)]
+
+
+def steps_of_new_window(states: Sequence[Accumulation]) -> list[partial[Any]]:
+    """The steps that start a new window in each layer, ledgers aside."""
     return [
         partial(zero_all, [state.window for state in states]),
         *(partial(vars(state).update, NEW_WINDOW) for state in states),
