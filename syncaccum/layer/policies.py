@@ -6,7 +6,7 @@ population variance into a :class:`Normalizer`. `passes` applies that to the dat
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -147,7 +147,11 @@ class Window(NamedTuple):
         return Normalizer(center, torch.rsqrt(var + self.eps), None, None, 1.0)
 
 
-Policy = Batch | Running | Renorm | Window
+class Policy(Protocol):
+    """What turns a micro-batch's count, mean and population variance into what to apply."""
+
+    def normalizer(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
+        """What a forward applies, and its backward differentiates."""
 
 
 def choose_policy(layer: Accumulating, count: int, eps: float) -> Policy:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from syncaccum.layer.accumulate import bring_window_home
-from syncaccum.layer.ledger import Ledger, pay
+from syncaccum.layer.ledger import Ledger
 from syncaccum.layer.passes import normalize
-from syncaccum.layer.policies import Window, ask_if_untrained, copy_committed
+from syncaccum.layer.policies import Normalizer, Window, ask_if_untrained, copy_committed
+from syncaccum.layer.replay import Record, number_forward
+from syncaccum.layer.so_far_compiled import normalize_compiled
 from syncaccum.layer.state import Accumulating, match_width
 from syncaccum.moments import pack_statistics
+from syncaccum.torch_private import has_no_values, is_transformed, runs_in_backward, saved_tensor_hooks
 
-# 16 was as good as any from 4 to 64 in training (docs/experiment.md).
-_PRIOR_SAMPLES = 16.0
+_PRIOR_SAMPLES = 16
 """The last window's statistics count for so many samples."""
 
-_UNTRAINED_SAMPLES = 1.0
+_UNTRAINED_SAMPLES = 1
 """Running statistics of 0 and 1 that nothing was ever folded into count for so many."""
 
 
@@ -26,49 +26,70 @@ def normalize_so_far(
     layer: Accumulating, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, counts: bool
 ) -> tuple[Tensor, Tensor]:
     """Normalise a micro-batch with values under policy "window"; also its packed moments."""
-    match_width(layer)
-    ledger = layer._accumulation.ledger
-    assert ledger is not None
-    n = x.numel() // x.shape[1]
-    policy = Window(eps, _count_others(layer, ledger, x))
-    balance = _Balance(ledger, n, ledger.window_number if counts else None, policy.others[0])
-    return normalize(x, weight, bias, policy, balance)
+    if torch.compiler.is_compiling():
+        state = layer._accumulation
+        assert state.ledger is not None
+        # Whether the last window is known can change: the operator asks.
+        prior = _count_committed(layer, x)
+        weight_of_last = _PRIOR_SAMPLES * _values_of_sample(x)
+        return normalize_compiled(x, weight, bias, eps, state.window, prior, weight_of_last, state.ledger.key, counts)
+    visit = _Visit(layer, x, eps, counts)
+    return normalize(x, weight, bias, visit, visit.take_back)
+
+
+class _Visit:
+    """One forward: as a policy it says what to normalise with, and to the backward what to take back."""
+
+    def __init__(self, layer: Accumulating, x: Tensor, eps: float, counts: bool) -> None:
+        match_width(layer)
+        ledger = layer._accumulation.ledger
+        assert ledger is not None
+        self._ledger, self._eps, self._n = ledger, eps, x.numel() // x.shape[1]
+        # Transforms of torch.func, and shapes alone, have no books.
+        is_plain = not (is_transformed() or has_no_values(x))
+        self._layer = layer if is_plain and runs_in_backward() else None
+        # Where a checkpoint may run this again. If it is the reentrant one,
+        # no graph of ours keeps the record.
+        self._holds = is_plain and not torch.is_grad_enabled()
+        self._keeps = self._holds or (is_plain and saved_tensor_hooks() is not None)
+        others = _count_others(layer, ledger, x)
+        self._record = Record(others, ledger.number, number_forward(), counts and is_plain)
+
+    def normalizer(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
+        if self._layer is not None:
+            own = pack_statistics(count, mean, variance)
+            self._record = self._ledger.recall(own, self._layer._accumulation.name or type(self._layer).__name__)
+        elif self._keeps:
+            self._ledger.records.add(self._record, pack_statistics(count, mean, variance), hold=self._holds)
+        return Window(self._eps, self._record.others).normalizer(count, mean, variance)
+
+    def take_back(self, sums: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """From a micro-batch's sums of dy and dy*x_hat to A and B."""
+        first, second = self._ledger.take_back(torch.cat(sums), self._n, self._record).chunk(2)
+        return first, second
 
 
 def _count_others(layer: Accumulating, ledger: Ledger, x: Tensor) -> Tensor:
     """Packed moments of all that a micro-batch is counted together with: this window's earlier ones, and the prior."""
-    bring_window_home(layer._accumulation, x.device)
-    window = layer._accumulation.window
-    # A sample has so many values per channel.
-    values = x[0, 0].numel()
+    state = layer._accumulation
+    if not (getattr(layer, "_is_replica", False) or has_no_values(x)):
+        bring_window_home(state, x.device)
+    window = state.window.to(x.device)
     if ledger.knows_last:
-        return torch.add(window, ledger.last.to(x.device), alpha=_PRIOR_SAMPLES * values)
+        return torch.add(window, ledger.last.to(x.device), alpha=_PRIOR_SAMPLES * _values_of_sample(x))
+    return window + _count_committed(layer, x)
+
+
+def _count_committed(layer: Accumulating, x: Tensor) -> Tensor:
+    """The committed statistics as packed moments of so many samples as they count for."""
     untrained = ask_if_untrained(layer)
     if isinstance(untrained, Tensor):
-        samples: Tensor | float = torch.where(untrained, _UNTRAINED_SAMPLES, _PRIOR_SAMPLES)
+        samples: Tensor | int = torch.where(untrained, _UNTRAINED_SAMPLES, _PRIOR_SAMPLES)
     else:
         samples = _UNTRAINED_SAMPLES if untrained else _PRIOR_SAMPLES
-    return window + pack_statistics(samples * values, *copy_committed(layer))
+    return pack_statistics(samples * _values_of_sample(x), *copy_committed(layer))
 
 
-@dataclass(frozen=True)
-class _Balance:
-    """From a micro-batch's sums of dy and dy*x_hat to A and B, what each value takes back."""
-
-    ledger: Ledger
-    n: int
-    number: float | None
-    """Of the window that the forward counts in; None if it does not count."""
-    others: Tensor
-    """How many values of others its statistics are of."""
-
-    def __call__(self, sums: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        batch = torch.cat(sums)
-        feedback = None
-        if self.number is not None:
-            feedback = pay(self.ledger.sums, self.ledger.counts, batch, self.n, self.number)
-        if feedback is None:
-            # Its own share in the statistics, as if the others were constants.
-            feedback = batch / (self.others + self.n)
-        first, second = feedback.chunk(2)
-        return first, second
+def _values_of_sample(x: Tensor) -> int:
+    """Per channel."""
+    return x.numel() // (x.shape[0] * x.shape[1])

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from syncaccum.layer.accumulation import NEW_WINDOW, Accumulation
-from syncaccum.layer.ledger import steps_of_discard
+from syncaccum.layer.ledger import step_of_discard
 from syncaccum.torch_private import without_torch_function, zero_all
 
 
@@ -26,7 +26,7 @@ def run_uninterrupted(steps: Sequence[partial[Any]]) -> None:
 def steps_of_drop(states: Sequence[Accumulation]) -> list[partial[Any]]:
     """The steps that drop the window of each layer, as ``Accumulation.drop``."""
     ledgers = [state.ledger for state in states if state.ledger is not None]
-    return [*steps_of_new_window(states), *steps_of_discard(ledgers)]
+    return [*steps_of_new_window(states), *map(step_of_discard, ledgers)]
 
 
 def steps_of_new_window(states: Sequence[Accumulation]) -> list[partial[Any]]:
