@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +18,9 @@ from syncaccum.layer.following import follow
 from syncaccum.layer.replay import Record, Records
 from syncaccum.moments import Moments
 from syncaccum.torch_private import copy_all
+
+PACKED = ("last", "expected", "seen", "owed")
+"""The parts of a ledger in a checkpoint."""
 
 _ledgers: weakref.WeakValueDictionary[int, Ledger] = weakref.WeakValueDictionary()
 _keys = itertools.count()
@@ -97,6 +100,22 @@ class Ledger:
         if last.is_meta or last[0] == 0:
             self.knows_last = False
         self.last = last
+
+    def pack(self) -> dict[str, Tensor]:
+        """All of it as additive sums, each as long as a window: those of several ranks may be added."""
+        self.settle()
+        head = self.last.new_tensor([[float(self.knows_last)], [self.expected], [self.done], [0.0]])
+        rows = torch.stack((self.last[1:] * head[0], self.books[2], self.books[1], self.books[0]))
+        return dict(zip(PACKED, torch.cat((head, rows), 1), strict=True))
+
+    def unpack(self, state: Mapping[str, Tensor], ranks: int) -> None:
+        """Be as `pack` said; each of so many ranks takes an equal part of what they saw and owe together."""
+        last, *parts = (state[name].detach().to(self.last.device) for name in PACKED)
+        parts = [part / ranks for part in parts]
+        expected, done, _ = (part[0].item() for part in parts)
+        self.last.copy_(last / last[0].clamp_min(1))
+        books = torch.stack([part[1:] for part in reversed(parts)])
+        self._turn(books, expected=expected, done=done, knows_last=bool(last[0] > 0))
 
     def recall(self, own: Tensor, name: str) -> Record:
         """What the first forward of a micro-batch used, whose second one a checkpoint runs.
@@ -180,8 +199,9 @@ class Ledger:
 
     def _turn(self, books: Tensor, **changes: Any) -> None:
         """Go on with other books. Graphs from before find their window over."""
+        changes = {"done": 0.0, **changes}
         number = self.number + 1
-        vars(self).update(books=books, done=0.0, number=number, booked=number, records=Records(), paid_at={}, **changes)
+        vars(self).update(books=books, number=number, booked=number, records=Records(), paid_at={}, **changes)
 
 
 def step_of_discard(ledger: Ledger) -> partial[None]:

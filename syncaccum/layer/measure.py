@@ -215,3 +215,17 @@ def _add_rest(rest: Tensor, count: int, mean: Tensor, variance: Tensor) -> tuple
     delta = rest - mean
     step = delta.mean(0) * share
     return mean + step, variance * (1 - share) + delta.square().mean(0) * share - step.square()
+
+
+def measure_composed(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`measure` in plain differentiable operations: x less an origin, the origin, mean and variance."""
+    dims = [d for d in range(x.dim()) if d != 1]
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    origin = values.detach().mean(dims)
+    shifted = values - per_channel(origin, x)
+    # Again, because the first mean was rounded.
+    mean_of_shifted = shifted.mean(dims)
+    centered = shifted - per_channel(mean_of_shifted, x)
+    variance = centered.square().mean(dims).to(torch.float64)
+    origin = origin.to(torch.float64)
+    return shifted, origin, origin + mean_of_shifted, variance

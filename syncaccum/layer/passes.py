@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from syncaccum.layer.measure import Measured, measure
+from syncaccum.layer.measure import Measured, measure, measure_composed
 from syncaccum.layer.memory_order import (
     as_passes,
     is_on_cuda,
@@ -309,17 +309,3 @@ def _compose(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Poli
     intercept = _intercept(norm.center - origin, slope, _shift(norm, weight, bias))
     y = shifted * per_channel(slope.to(shifted.dtype), x) + per_channel(intercept.to(shifted.dtype), x)
     return y.to(x.dtype), pack_statistics(n, mean.detach(), variance.detach())
-
-
-def measure_composed(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`measure` in plain differentiable operations: x less an origin, the origin, mean and variance."""
-    dims = [d for d in range(x.dim()) if d != 1]
-    values = x.to(torch.promote_types(x.dtype, torch.float32))
-    origin = values.detach().mean(dims)
-    shifted = values - per_channel(origin, x)
-    # Again, because the first mean was rounded.
-    mean_of_shifted = shifted.mean(dims)
-    centered = shifted - per_channel(mean_of_shifted, x)
-    variance = centered.square().mean(dims).to(torch.float64)
-    origin = origin.to(torch.float64)
-    return shifted, origin, origin + mean_of_shifted, variance

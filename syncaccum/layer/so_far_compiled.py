@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from syncaccum.layer.ledger import ledger_of
+from syncaccum.layer.measure import measure_composed
 from syncaccum.layer.memory_order import make_dense, per_channel
-from syncaccum.layer.passes import measure_composed
 from syncaccum.layer.policies import Window
 from syncaccum.layer.replay import Record, number_forward
 from syncaccum.moments import pack_statistics

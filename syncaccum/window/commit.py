@@ -190,8 +190,13 @@ def _reduce_windows(
     return message[:size].to(home)
 
 
-def reduce_for(call: str, group: Group, members: Sequence[NamedLayer]) -> list[Tensor]:
+def reduce_for(
+    call: str, group: Group, members: Sequence[NamedLayer], tensors: Sequence[Tensor] | None = None
+) -> list[Tensor]:
     """The windows of these layers summed over the ranks, for something else than a commit. Collective.
+
+    Args:
+        tensors: what to sum in the windows' place, one for each layer and of its window's size.
 
     Raises:
         LayoutMismatchError: some ranks call something else now.
@@ -200,7 +205,7 @@ def reduce_for(call: str, group: Group, members: Sequence[NamedLayer]) -> list[T
     layout, message_size = verify_layout(group, transport, members)
     # Not a commit's: a peer may commit now.
     fingerprint = Fingerprint.of(layout.key, call)
-    windows = [layer._accumulation.window for _, layer in members]
+    windows = [layer._accumulation.window for _, layer in members] if tensors is None else tensors
     reduced = _reduce_windows(transport, fingerprint, message_size, windows)
     if not fingerprint.agrees(reduced[:HEADER].tolist(), transport.size):
         raise_layout_mismatch(group, transport, members, call)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from syncaccum.layer.ledger import PACKED
 from syncaccum.layer.state import Accumulating
 from syncaccum.ranks.connect import connect
 from syncaccum.ranks.groups import Group, resolve_group
@@ -22,13 +23,18 @@ def window_state_dict(model: nn.Module) -> dict[str, Tensor]:
     share, such as ``torch.distributed.checkpoint``'s, where their keys would clash: ``gather_window_state_dict``.
 
     Returns:
-        By layer name, a float64 tensor of shape ``(1 + 2C,)``: count, total, total_sq. Sums are additive: the
-        states of several ranks may be added, and loaded on any one of them, or stacked, and loaded on all.
+        By layer name, a float64 tensor of shape ``(1 + 2C,)``: count, total, total_sq. A layer under policy
+        ``"window"`` has four more of this shape, as ``"NAME/last"``: its last window, and the books of its feedback.
+        All are sums and additive: the states of several ranks may be added, and loaded on any one of them, or stacked,
+        and loaded on all.
 
     Raises:
         NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
     """
-    return {name: layer._accumulation.window.clone() for name, layer in tracking_layers(model)}
+    layers = tracking_layers(model)
+    windows = {name: layer._accumulation.window.clone() for name, layer in layers}
+    ledgers = [(name, ledger) for name, layer in layers if (ledger := layer._accumulation.ledger) is not None]
+    return windows | {f"{name}/{part}": value for name, ledger in ledgers for part, value in ledger.pack().items()}
 
 
 def gather_window_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -63,13 +69,25 @@ def gather_window_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     layers = tracking_layers(model)
     by_group = for_each_group(layers, _gather_group)
-    return {name: windows[name] for name, _ in layers for windows in by_group if name in windows}
+    return {key: value for state in by_group for key, value in state.items()}
 
 
 def _gather_group(group: Group, members: Sequence[NamedLayer]) -> dict[str, Tensor]:
-    sums = reduce_for("gather_window_state_dict", group, members)
+    call = "gather_window_state_dict"
+    names = [name for name, _ in members]
+    state = dict(zip(names, reduce_for(call, group, members), strict=True))
+    # Policies are a part of the layout: all ranks have the same ledgers.
+    ledgers = [layer._accumulation.ledger for _, layer in members]
+    packed = [None if ledger is None else ledger.pack() for ledger in ledgers]
+    for part in PACKED if any(packed) else ():
+        tensors = [
+            torch.zeros_like(layer._accumulation.window) if one is None else one[part]
+            for (_, layer), one in zip(members, packed, strict=True)
+        ]
+        sums = reduce_for(f"{call}, part {part}", group, members, tensors)
+        state.update((f"{name}/{part}", s) for name, s, one in zip(names, sums, packed, strict=True) if one is not None)
     # clone: a view would keep the whole message in memory.
-    return {name: window.clone().unsqueeze(0) for (name, _), window in zip(members, sums, strict=True)}
+    return {key: value.clone().unsqueeze(0) for key, value in state.items()}
 
 
 def load_window_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -91,17 +109,41 @@ def load_window_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> Non
             initialised.
     """
     layers = dict(tracking_layers(model))
-    missing, unknown = layers.keys() - state.keys(), state.keys() - layers.keys()
+    parts = {f"{name}/{part}" for name in layers for part in PACKED}
+    missing, unknown = layers.keys() - state.keys(), state.keys() - layers.keys() - parts
     if missing or unknown:
         raise ValueError(
             f"the window state does not fit the model: missing {sorted(missing)}, unknown {sorted(unknown)}. "
             "Build and convert the model as when it was saved, or go on with empty windows: discard(model)"
         )
     for name, layer in layers.items():
-        _check_fit(name, layer, state[name])
+        for key in (name, *_keys_of_ledger(name, state)):
+            _check_fit(key, layer, state[key])
     # All are checked and computed before the first is replaced.
     windows = [_take_share(layer, state[name]) for name, layer in layers.items()]
     copy_all([layer._accumulation.window for layer in layers.values()], [window.detach() for window in windows])
+    for name, layer in layers.items():
+        _load_ledger(name, layer, state)
+
+
+def _keys_of_ledger(name: str, state: Mapping[str, Tensor]) -> list[str]:
+    """The keys of a layer's ledger; none in a checkpoint from before there were any, or of another policy."""
+    keys = [f"{name}/{part}" for part in PACKED]
+    return keys if all(key in state for key in keys) else []
+
+
+def _load_ledger(name: str, layer: Accumulating, state: Mapping[str, Tensor]) -> None:
+    ledger = layer._accumulation.ledger
+    if ledger is None:
+        return
+    if not (keys := _keys_of_ledger(name, state)):
+        # A start without it: as in a first window.
+        ledger.forget()
+        return
+    saved = [state[key] for key in keys]
+    is_shared = saved[0].dim() == 2
+    ranks = connect(resolve_group(layer._accumulation.handle.group)).size if is_shared else 1
+    ledger.unpack(dict(zip(PACKED, (s.sum(0) if is_shared else s for s in saved), strict=True)), ranks)
 
 
 def _check_fit(name: str, layer: Accumulating, saved: Tensor) -> None:
