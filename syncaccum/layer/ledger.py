@@ -123,9 +123,7 @@ class Ledger:
         Raises:
             RuntimeError: this window has had no such forward.
         """
-        # Records of a window that is over are of no use.
-        self.settle()
-        if (record := self.records.find(own)) is None:
+        if (record := self.records.find(own, self.number)) is None:
             raise RuntimeError(
                 f"torch.utils.checkpoint runs the forward of layer {name} again, but this window has had no such "
                 "forward: its window was committed or discarded since, or its data is not the same as the first time. "
@@ -193,7 +191,6 @@ class Ledger:
             expected=self.done or self.expected,
             done=0.0,
             booked=self.number,
-            records=Records(),
             paid_at={},
         )
 
@@ -201,7 +198,7 @@ class Ledger:
         """Go on with other books. Graphs from before find their window over."""
         changes = {"done": 0.0, **changes}
         number = self.number + 1
-        vars(self).update(books=books, number=number, booked=number, records=Records(), paid_at={}, **changes)
+        vars(self).update(books=books, number=number, booked=number, paid_at={}, **changes)
 
 
 def step_of_discard(ledger: Ledger) -> partial[None]:
@@ -211,7 +208,7 @@ def step_of_discard(ledger: Ledger) -> partial[None]:
     books = torch.zeros_like(ledger.books)
     books[2] = ledger.books[2]
     number = ledger.number + 1
-    changes = {"books": books, "done": 0.0, "number": number, "booked": number, "records": Records(), "paid_at": {}}
+    changes = {"books": books, "done": 0.0, "number": number, "booked": number, "paid_at": {}}
     return partial(vars(ledger).update, changes)
 
 

@@ -17,7 +17,7 @@ from syncaccum.layer.memory_order import make_dense, per_channel
 from syncaccum.layer.policies import Window
 from syncaccum.layer.replay import Record, number_forward
 from syncaccum.moments import pack_statistics
-from syncaccum.torch_private import runs_in_backward
+from syncaccum.torch_private import runs_in_backward, saved_tensor_hooks
 
 
 def normalize_compiled(
@@ -44,7 +44,7 @@ def normalize_compiled(
     n = x.numel() // x.shape[1]
     shifted, origin, mean, variance = measure_composed(x)
     own = pack_statistics(n, mean.detach(), variance.detach())
-    others, ticket = look_at_window(own, window, prior, weight_of_last, key, counts)
+    others, ticket = look_at_window(own, window, prior, weight_of_last, key, counts, torch.is_grad_enabled())
     norm = Window(eps, others).normalizer(n, mean.detach(), variance.detach())
     gamma = torch.ones_like(norm.center) if weight is None else weight.to(torch.float64)
     beta = torch.zeros_like(norm.center) if bias is None else bias.to(torch.float64)
@@ -58,7 +58,7 @@ def normalize_compiled(
 
 @torch.library.custom_op("syncaccum::look_at_window", mutates_args=())
 def look_at_window(
-    own: Tensor, window: Tensor, prior: Tensor, weight_of_last: int, key: Tensor, counts: bool
+    own: Tensor, window: Tensor, prior: Tensor, weight_of_last: int, key: Tensor, counts: bool, grad: bool
 ) -> tuple[Tensor, Tensor]:
     """What a micro-batch is counted together with, and the numbers by which its backward finds its place."""
     ledger = ledger_of(key)
@@ -68,15 +68,16 @@ def look_at_window(
         if ledger.knows_last:
             prior = ledger.last.to(own.device) * weight_of_last
         record = Record(window + prior, ledger.number, number_forward(), counts)
-        # A checkpoint inside of compiled code leaves no trace here.
-        ledger.records.add(record, own, hold=True)
+        # The record's numbers go on alone: nobody else holds it.
+        if not grad or saved_tensor_hooks() is not None:
+            ledger.records.add(record, own, hold=True)
     ticket = torch.tensor([record.number, record.forward, record.counts], device="cpu")
     # The compiler may use its memory again.
     return record.others.clone(), ticket
 
 
 @look_at_window.register_fake
-def _(own: Tensor, window: Tensor, prior: Tensor, weight_of_last: int, key: Tensor, counts: bool) -> Any:
+def _(own: Tensor, window: Tensor, prior: Tensor, weight_of_last: int, key: Tensor, counts: bool, grad: bool) -> Any:
     return torch.empty_like(own), torch.empty(3, dtype=torch.int64, device="cpu")
 
 
