@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from syncaccum import AccumulateBatchNorm, SyncAccumBatchNorm, commit, convert_sync_accum, discard
 from tests.oracle import BATCH_NORMS, assert_same_statistics, reference, trained_layer
 
-POLICIES = ["renorm", "batch", "running"]
+POLICIES = ["renorm", "batch", "running", "window"]
 
 
 def channels_last(x: Tensor) -> Tensor:
