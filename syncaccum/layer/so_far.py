@@ -8,12 +8,12 @@ from torch import Tensor
 from syncaccum.layer.accumulate import bring_window_home
 from syncaccum.layer.ledger import Ledger
 from syncaccum.layer.passes import normalize
-from syncaccum.layer.policies import Normalizer, Window, ask_if_untrained, copy_committed
+from syncaccum.layer.policies import Normalizer, Window, copy_committed
 from syncaccum.layer.replay import Record, number_forward
 from syncaccum.layer.so_far_compiled import normalize_compiled
 from syncaccum.layer.state import Accumulating, match_width
 from syncaccum.moments import pack_statistics
-from syncaccum.torch_private import has_no_values, is_transformed, runs_in_backward, saved_tensor_hooks
+from syncaccum.torch_private import buffers_of, has_no_values, is_transformed, runs_in_backward, saved_tensor_hooks
 
 _PRIOR_SAMPLES = 16
 """The last window's statistics count for so many samples."""
@@ -82,12 +82,24 @@ def _count_others(layer: Accumulating, ledger: Ledger, x: Tensor) -> Tensor:
 
 def _count_committed(layer: Accumulating, x: Tensor) -> Tensor:
     """The committed statistics as packed moments of so many samples as they count for."""
-    untrained = ask_if_untrained(layer)
+    untrained = _ask_if_untrained(layer)
     if isinstance(untrained, Tensor):
         samples: Tensor | int = torch.where(untrained, _UNTRAINED_SAMPLES, _PRIOR_SAMPLES)
     else:
         samples = _UNTRAINED_SAMPLES if untrained else _PRIOR_SAMPLES
     return pack_statistics(samples * _values_of_sample(x), *copy_committed(layer))
+
+
+def _ask_if_untrained(layer: Accumulating) -> bool | Tensor:
+    """Whether the layer never had a commit: a boolean, or on a GPU a tensor that need not be waited for."""
+    batches = buffers_of(layer)["num_batches_tracked"]
+    # Without a counter nobody can tell: believe the statistics.
+    if batches is None:
+        return False
+    if batches.is_cpu and not torch.compiler.is_compiling() and not has_no_values(batches):
+        # On a GPU item() would wait for the device.
+        return batches.item() == 0
+    return batches == 0
 
 
 def _values_of_sample(x: Tensor) -> int:

@@ -171,8 +171,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> CudaStandIn:
     for module in ("measure", "passes"):
         monkeypatch.setattr(f"syncaccum.layer.{module}.is_on_cuda", lambda x: True)
     # The counter of an untrained layer is not looked at on a GPU.
-    for module in ("policies", "so_far"):
-        monkeypatch.setattr(f"syncaccum.layer.{module}.ask_if_untrained", lambda layer: layer.num_batches_tracked == 0)
+    monkeypatch.setattr("syncaccum.layer.so_far._ask_if_untrained", lambda layer: layer.num_batches_tracked == 0)
     return CudaStandIn()
 
 
