@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -16,9 +15,6 @@ from syncaccum.exact.known import KnownVisit
 from syncaccum.layer.samples import distance
 from syncaccum.layer.state import Accumulating
 from syncaccum.torch_private import runs_in_backward
-
-_means: weakref.WeakKeyDictionary[Accumulating, list[Tensor]] = weakref.WeakKeyDictionary()
-"""By layer, the last window's means of dy and dy x_hat at each visit: what the next one expects."""
 
 
 class SecondPass:
@@ -36,10 +32,7 @@ class SecondPass:
         self._visits = visits
         self._count = count
         totals = torch.stack([visit.total for visit in visits]).tolist() if visits else []
-        self._accounts = [
-            Account(visit, total, expected)
-            for visit, total, expected in zip(visits, totals, _expected_at(visits), strict=True)
-        ]
+        self._accounts = [Account(visit, total) for visit, total in zip(visits, totals, strict=True)]
         groups: dict[Exchange, list[Account]] = {}
         for visit, account in zip(visits, self._accounts, strict=True):
             groups.setdefault(exchange_of(visit.layer), []).append(account)
@@ -48,7 +41,6 @@ class SecondPass:
         """Of the micro-batch that runs."""
         self._position = 0
         self._wanted = self._walked = 0
-        self._is_walked = False
         self._drift = [visit.total.new_zeros(()) for visit in visits]
 
     def begin(self, index: int) -> None:
@@ -95,13 +87,6 @@ class SecondPass:
         for rounds in self._rounds:
             rounds.end(self.index)
         self._check_drift()
-        # A window without gradients says nothing of the next one's.
-        if not self._is_walked:
-            return
-        by_layer: dict[Accumulating, list[Tensor]] = {}
-        for visit, account in zip(self._visits, self._accounts, strict=True):
-            by_layer.setdefault(visit.layer, []).append(account.mean)
-        _means.update(by_layer)
 
     def begin_reduction(self) -> None:
         """The last backward is next, in which DistributedDataParallel communicates. Collective: all came so far."""
@@ -126,7 +111,6 @@ class SecondPass:
 
         def pay(sums: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             self._walked += 1
-            self._is_walked = True
             return account.pay(index, samples, self._count - index, sums)
 
         y = visit.normalize(x, weight, bias, pay)
@@ -175,20 +159,6 @@ class SecondPass:
 
 
 _SAME = "forward must do the same in both passes, for the same micro-batch"
-
-
-def _expected_at(visits: Sequence[KnownVisit]) -> list[Tensor | None]:
-    """By visit, what the last window's means were there."""
-    seen: dict[Accumulating, int] = {}
-    expected: list[Tensor | None] = []
-    for visit in visits:
-        number = seen.get(visit.layer, 0)
-        seen[visit.layer] = number + 1
-        means = _means.get(visit.layer, [])
-        center = visit.norm.center
-        fits = number < len(means) and means[number].numel() == 2 * center.numel()
-        expected.append(means[number].to(center.device) if fits else None)
-    return expected
 
 
 class Rounds:
