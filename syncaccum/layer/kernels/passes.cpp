@@ -7,6 +7,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -23,6 +25,8 @@ constexpr int64_t kMostTasks = 256;
 constexpr int64_t kFewestLines = 32;
 // Columns of few channels: neighbouring values side by side, as if they were channels, fill the vector registers.
 constexpr int64_t kWidth = 64;
+// Rows: so many sums stay in the vector registers.
+constexpr int64_t kLanes = 32;
 
 // --- The four dtypes. Arithmetic is in float, or double for double; sums are double for all.
 
@@ -168,21 +172,21 @@ class Rows {
 
   template <bool kBackward>
   void add(int64_t task, const double* centers, double* sums) const {
-    double first = 0, second = 0, third = 0, fourth = 0;
     const double c = centers[task % d_.channels];
+    // Sums side by side, over all strips: an addition need not wait for the one before.
+    double first[kLanes] = {}, second[kLanes] = {};
     each_strip(task, [&](int64_t start, int64_t length) {
       const T *dy = d_.dy + start, *x = d_.x + start;
-      const int64_t half = length / 2;
-      // Two pairs of sums: an addition need not wait for the one before.
-#pragma omp simd reduction(+ : first, second, third, fourth)
-      for (int64_t i = 0; i < half; ++i) {
-        add_terms<kBackward>(dy, x, i, c, first, second);
-        add_terms<kBackward>(dy, x, half + i, c, third, fourth);
-      }
-      if (length % 2) add_terms<kBackward>(dy, x, length - 1, c, first, second);
+      int64_t i = 0;
+      for (; i + kLanes <= length; i += kLanes)
+#pragma omp simd
+        for (int64_t lane = 0; lane < kLanes; ++lane)
+          add_terms<kBackward>(dy, x, i + lane, c, first[lane], second[lane]);
+      for (int64_t lane = 0; i + lane < length; ++lane)
+        add_terms<kBackward>(dy, x, i + lane, c, first[lane], second[lane]);
     });
-    sums[0] = first + third;
-    sums[1] = second + fourth;
+    sums[0] = std::accumulate(first, first + kLanes, 0.0);
+    sums[1] = std::accumulate(second, second + kLanes, 0.0);
   }
 
   void finish(const double* partial, double* first, double* second) const {
