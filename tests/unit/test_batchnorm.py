@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from syncaccum import AccumulateBatchNorm, SyncAccumBatchNorm, commit, convert_sync_accum, discard
 from tests.oracle import BATCH_NORMS, assert_same_statistics, reference, trained_layer
 
+pytestmark = pytest.mark.usefixtures("both_passes")
+
 POLICIES = ["renorm", "batch", "running"]
 
 
