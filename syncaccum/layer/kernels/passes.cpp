@@ -25,6 +25,9 @@ constexpr int64_t kMostTasks = 256;
 constexpr int64_t kFewestLines = 32;
 // Columns of few channels: neighbouring values side by side, as if they were channels, fill the vector registers.
 constexpr int64_t kWidth = 64;
+// Rows: where channels are many and small, a task is a whole one. Its gradient then follows while it is in the cache.
+constexpr int64_t kManyChannels = 64;
+constexpr int64_t kCachedBytes = 1 << 20;
 // Rows: so many sums stay in the vector registers.
 constexpr int64_t kLanes = 32;
 
@@ -158,16 +161,19 @@ template <class T>
 class Rows {
  public:
   explicit Rows(const Data<T>& data) : d_(data) {
-    const int64_t groups = std::clamp<int64_t>(d_.count() / kTask, 1, d_.outer);
+    const int64_t bytes = 2 * d_.count() * static_cast<int64_t>(sizeof(T));
+    is_whole_ = d_.channels >= kManyChannels && bytes <= kCachedBytes;
+    const int64_t groups = is_whole_ ? 1 : std::clamp<int64_t>(d_.count() / kTask, 1, d_.outer);
     rows_ = (d_.outer + groups - 1) / groups;
     groups_ = (d_.outer + rows_ - 1) / rows_;
-    pieces_ = std::max<int64_t>(1, d_.inner / kTask);
+    pieces_ = is_whole_ ? 1 : std::max<int64_t>(1, d_.inner / kTask);
     length_ = (d_.inner + pieces_ - 1) / pieces_;
   }
 
   int64_t tasks() const { return groups_ * pieces_ * d_.channels; }
   int64_t task_size() const { return rows_ * length_; }
   int64_t sums_per_task() const { return 2; }
+  bool is_whole() const { return is_whole_; }
   int64_t width() const { return d_.channels; }
 
   template <bool kBackward>
@@ -223,6 +229,7 @@ class Rows {
   }
 
   Data<T> d_;
+  bool is_whole_;
   int64_t rows_, groups_, pieces_, length_;
 };
 
@@ -244,6 +251,7 @@ class Columns {
   int64_t tasks() const { return tasks_; }
   int64_t task_size() const { return lines_ * width_; }
   int64_t sums_per_task() const { return 2 * width_; }
+  bool is_whole() const { return false; }
   int64_t width() const { return width_; }
 
   template <bool kBackward>
@@ -438,18 +446,29 @@ void syncaccum_backward(ParallelFor parallel_for, int32_t dtype, int64_t outer, 
     with_order(data, [&](const auto& order) {
       double *first = sums, *second = sums + channels;
       Coefficients<Wide<T>> by(order.width());
+      const Vector weight{weight_, weight_dtype};
+      auto set_coefficient = [&](int64_t i) {
+        const int64_t c = i % channels;
+        const double a = scale[c] * value_or(gain, c, 1) * weight.at(c, 1);
+        const double pull = feedback ? -a * feedback[c * feedback_stride] : 0;
+        by.set(i, a, feedback ? pull * scale[c] * second[c] : 0, center[c], feedback ? pull * first[c] : 0);
+      };
       auto set_coefficients = [&] {
-        const Vector weight{weight_, weight_dtype};
-        for (int64_t i = 0; i < order.width(); ++i) {
-          const int64_t c = i % channels;
-          const double a = scale[c] * value_or(gain, c, 1) * weight.at(c, 1);
-          const double pull = feedback ? -a * feedback[c * feedback_stride] : 0;
-          by.set(i, a, feedback ? pull * scale[c] * second[c] : 0, center[c], feedback ? pull * first[c] : 0);
-        }
+        for (int64_t i = 0; i < order.width(); ++i) set_coefficient(i);
       };
       const bool at_once = dx_ && !feedback;
+      const bool by_channel = dx_ && feedback && !sums_known && order.is_whole();
       if (at_once) set_coefficients();
-      if (!sums_known) {
+      if (by_channel) {
+        run(parallel_for, order, [&](int64_t c) {
+          double sums_of_channel[2];
+          order.template add<true>(c, center, sums_of_channel);
+          first[c] = sums_of_channel[0];
+          second[c] = sums_of_channel[1] * scale[c];
+          set_coefficient(c);
+          order.template apply<kGradient>(c, by);
+        });
+      } else if (!sums_known) {
         const auto centers = spread(order, center, channels);
         std::vector<double> partial(order.tasks() * order.sums_per_task());
         run(parallel_for, order, [&](int64_t task) {
@@ -465,7 +484,7 @@ void syncaccum_backward(ParallelFor parallel_for, int32_t dtype, int64_t outer, 
         store(dweight, dweight_dtype, c, second[c] * value_or(gain, c, 1) + first[c] * value_or(offset, c, 0));
         store(dbias, dbias_dtype, c, first[c]);
       }
-      if (dx_ && feedback) {
+      if (dx_ && feedback && !by_channel) {
         set_coefficients();
         run(parallel_for, order, [&](int64_t task) { order.template apply<kGradient>(task, by); });
       }
