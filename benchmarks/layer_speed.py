@@ -21,7 +21,7 @@ from benchmarks.report import Figure, publish
 from syncaccum import SyncAccumBatchNorm, commit
 from syncaccum.layer import native
 
-ROUNDS = 40
+ROUNDS = 15
 BLOCK = 15
 SHAPES = [(8, 64, 56, 56), (8, 256, 28, 28), (4, 512, 14, 14)]
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}

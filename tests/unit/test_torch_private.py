@@ -264,3 +264,19 @@ def test_tensors_inside_transforms() -> None:
     torch.func.grad(forward)(x[0])
     assert seen == [(True, (2, 3)), (False, (3,))]
     assert outside.tolist() == [2, 2, 2]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_modes_and_traces_watch_each_operator() -> None:
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(torch_private.is_watched())
+        return x + 1
+
+    look(torch.ones(1))
+    with TorchDispatchMode():
+        look(torch.ones(1))
+    torch.jit.trace(look, torch.ones(1), check_trace=False)
+    assert seen == [False, True, True]
+    assert not torch_private.is_watched()
