@@ -125,7 +125,8 @@ class Renorm(NamedTuple):
             w = torch.where(self.untrained, 1.0, torch.full_like(mu, w))
         # Mean and variance of both together (law of total variance).
         mu_s = torch.lerp(mu, mean, w)
-        v_s = torch.lerp(v, variance, w) + (mean - mu).square() * (w * (1 - w))
+        step = mean - mu
+        v_s = torch.lerp(v, variance, w) + step.square() * (w * (1 - w))
         scale = torch.rsqrt(v_s + self.eps)
         committed_scale = torch.rsqrt(v + self.eps)
         # Detached: Ioffe's backward takes r and d for constants.
