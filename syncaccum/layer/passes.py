@@ -191,8 +191,9 @@ def normalize(
         # Transforms of torch.func differentiate them in their own ways.
         return compose(x, weight, bias, policy)
     with torch.no_grad():
-        known = known_before(policy) if native.takes(x, weight, bias) else None
-        measured = measure(x) if known is None else measure_compiled(x, known, weight, bias)
+        is_compiled = native.takes(x, weight, bias)
+        known = known_before(policy) if is_compiled else None
+        measured = measure_compiled(x, known, weight, bias) if is_compiled else measure(x)
         norm = policy.normalizer(measured.n, measured.mean, measured.variance) if known is None else known
         sums = measured.sums()
     (y,) = _apply_normalize(norm, [measured], weight, bias, balance, policy, x)

@@ -117,7 +117,8 @@ class Renorm(NamedTuple):
         w = count / (count + self.prior_count)
         # Mean and variance of both together (law of total variance).
         mu_s = torch.lerp(mu, mean, w)
-        v_s = torch.lerp(v, variance, w) + (mean - mu).square() * (w * (1 - w))
+        step = mean - mu
+        v_s = torch.lerp(v, variance, w) + step.square() * (w * (1 - w))
         scale = torch.rsqrt(v_s + self.eps)
         committed_scale = torch.rsqrt(v + self.eps)
         # Detached: Ioffe's backward takes r and d for constants.

@@ -15,6 +15,8 @@ from syncaccum.layer.passes import normalize
 from syncaccum.layer.policies import Batch, Normalizer, Policy, Renorm, Running
 from tests.oracle import as_columns
 
+pytestmark = pytest.mark.usefixtures("both_passes")
+
 C = 3
 SHAPES = [(5, C), (4, C, 6), (3, C, 4, 5), (2, C, 2, 3, 2), (1, C, 7), (2, C, 1, 1), (1, C)]
 EPS = 1e-5
