@@ -118,7 +118,9 @@ class SyncAccumCallback(Callback):
         self._let_go()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Commit no more. Windows stay: a checkpoint may still be saved."""
+        """Commit no more. Windows stay, because a checkpoint may still be saved; but not those of ``lr_find``."""
+        if stage == "fit" and not self._handles:
+            discard(pl_module)
         self._let_go()
 
     def _let_go(self) -> None:

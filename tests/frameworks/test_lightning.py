@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from syncaccum import NoLayersError, SyncAccumBatchNorm, commit, convert_sync_accum, lookahead
 from syncaccum.integrations.lightning import SyncAccumCallback
@@ -92,17 +92,27 @@ class Network(LightningModule):
         self.open = []
 
 
-def make_loader(ranks: int = 1, *, size: int = SIZE, examples: int = MICRO_BATCHES * SIZE) -> Any:
+def make_data(ranks: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    data = torch.randn(ranks * examples, 3, generator=generator, dtype=torch.float64) * 2 + 1
-    return DataLoader(TensorDataset(data), batch_size=size)
+    return torch.randn(ranks * MICRO_BATCHES * SIZE, 3, generator=generator, dtype=torch.float64) * 2 + 1
+
+
+def make_loader(ranks: int = 1, *, size: int = SIZE) -> Any:
+    """In order: the ranks' batches are next to each other in the data."""
+    data = TensorDataset(make_data(ranks))
+    return DataLoader(data, size, sampler=DistributedSampler(data, shuffle=False) if ranks > 1 else None)
 
 
 def make_trainer(callback: Any, ranks: int = 1, **settings: Any) -> Trainer:
     settings = {"max_epochs": 2, "accumulate_grad_batches": WINDOW, **settings}
     if ranks > 1:
         # The ranks are there, and their group is.
-        settings = {"strategy": "ddp", "plugins": [LightningEnvironment()], **settings}
+        settings = {
+            "strategy": "ddp",
+            "plugins": [LightningEnvironment()],
+            "use_distributed_sampler": False,
+            **settings,
+        }
     callbacks = callback if isinstance(callback, list) else [callback]
     return Trainer(
         accelerator="cpu", devices=ranks, callbacks=callbacks, logger=False, enable_checkpointing=False,
@@ -221,7 +231,7 @@ def train_large_batch(ranks: int) -> tuple[nn.Module, list[float]]:
     net, losses = make_net(), []
     optimizer = make_optimizer(net)
     for _ in range(2):
-        for (x,) in make_loader(ranks, size=ranks * WINDOW * SIZE):
+        for x in make_data(ranks).split(ranks * WINDOW * SIZE):
             loss = loss_of(net, x)
             loss.backward()
             optimizer.step()
@@ -253,15 +263,17 @@ def test_the_exact_mode_trains_two_ranks_as_the_large_batch(rank: Rank) -> None:
 
 
 def check_lookahead(ranks: int) -> None:
-    """One epoch, against lookahead by hand: fed as by Lightning's sampler, with each loss a share of the mean."""
-    model, loader = Plain(), make_loader(ranks, size=WINDOW * SIZE)
+    """One epoch, against lookahead by hand: with each loss a share of the mean."""
+    model = Plain()
     callback = SyncAccumCallback(mode="lookahead", micro_batch=5)
-    make_trainer(callback, ranks, accumulate_grad_batches=1, max_epochs=1).fit(model, loader)
+    make_trainer(callback, ranks, accumulate_grad_batches=1, max_epochs=1).fit(
+        model, make_loader(ranks, size=WINDOW * SIZE)
+    )
     net = convert_sync_accum(make_net())
     parallel = nn.parallel.DistributedDataParallel(net) if ranks > 1 else net
     optimizer = make_optimizer(net)
     first = dist.get_rank() if ranks > 1 else 0
-    for x in loader.dataset.tensors[0][first::ranks].split(WINDOW * SIZE):
+    for x in make_data(ranks)[first::ranks].split(WINDOW * SIZE):
         losses = lookahead(parallel, lambda part, n=len(x): loss_of(parallel, part) * len(part) / n, x.split(5))
         for loss in losses:
             loss.backward()
@@ -371,5 +383,7 @@ def test_what_lr_find_has_seen_is_dropped() -> None:
     network.lr = 0.05
     trainer = make_trainer(SyncAccumCallback(), max_epochs=1)
     Tuner(trainer).lr_find(network, make_loader(), num_training=5, attr_name="lr", update_attr=False)
+    assert network.layers[0].window.count == 0
+    network.open, network.windows = [], []
     trainer.fit(network, make_loader())
     assert network.windows == [4, 4, 2]
