@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +33,8 @@ def sync_accum(
     Call it after ``prepare()``. Each optimizer step commits its window, also the short one at the loader's end. Steps
     that ``accumulate()`` or gradient scaling skips leave the window open. ``save_state()`` and ``load_state()`` take
     open windows along, over any number of ranks. A training function that runs again, as under
-    ``find_executable_batch_size``, starts with empty windows.
+    ``find_executable_batch_size``, starts with empty windows. To load a checkpoint that was saved without ``sync_accum``,
+    call ``load_state()`` before it.
 
     **The exact mode** (:func:`lockstep`, :func:`lookahead`) takes a whole window at once, so it is refused where
     ``gradient_accumulation_steps`` is more than 1: it would take each micro-batch for a window.
@@ -61,65 +61,75 @@ def sync_accum(
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         sync_accum(accelerator, model, optimizer)
     """
-    if _find_place(accelerator, accelerator._models, model) is None:
-        raise ValueError("the model is none that the accelerator has prepared: call sync_accum after prepare(model)")
+    windows = _Windows.of(accelerator)
+    windows.add(model)
     convert_sync_accum(model, normalization=normalization)
     discard(model)
     commits = commit_on_step(model, optimizer, timeout=timeout, on_nonfinite=on_nonfinite)
-    windows = _Windows(accelerator, model)
-    return SyncAccumHandle(
-        [
-            commits,
-            accelerator.register_save_state_pre_hook(windows.save),
-            accelerator.register_load_state_pre_hook(windows.load),
-            model.register_forward_pre_hook(lambda *_: _refuse_part_of_window(accelerator)),
-        ]
-    )
+    refusal = model.register_forward_pre_hook(lambda *_: _refuse_part_of_window(accelerator))
+    return SyncAccumHandle(windows, model, [commits, refusal])
 
 
 class SyncAccumHandle:
     """What ``sync_accum`` returns: ``remove()`` ends it."""
 
-    def __init__(self, handles: Sequence[Any]) -> None:
+    def __init__(self, windows: _Windows, model: nn.Module, handles: Sequence[Any]) -> None:
+        self._windows = windows
+        self._model = model
         self._handles = handles
 
     def remove(self) -> None:
         """Commit no more, and leave checkpoints alone."""
         for handle in self._handles:
             handle.remove()
+        self._windows.remove(self._model)
 
 
 class _Windows:
-    """The open windows of a model in the folders of ``save_state()``."""
+    """The open windows of an accelerator's models, one object among those that ``save_state()`` takes along.
 
-    def __init__(self, accelerator: Any, model: nn.Module) -> None:
+    Accelerate loads these last. Weights that are loaded end a window, so the order matters.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
-        self._model = model
+        self._ours: list[nn.Module] = []
 
-    def save(self, models: list[nn.Module], weights: Any, folder: str) -> None:
-        """Collective: ``save_state()`` calls it on every rank."""
-        if (path := self._locate(models, folder)) is not None:
-            # All ranks gather, whoever of them writes.
-            self._accelerator.save(gather_window_state_dict(self._model), path)
+    @classmethod
+    def of(cls, accelerator: Any) -> _Windows:
+        """The accelerator's own. A second one would make a second file, which a checkpoint may not have."""
+        found = [one for one in accelerator._custom_objects if isinstance(one, cls)]
+        return found[0] if found else cls(accelerator)
 
-    def load(self, models: list[nn.Module], folder: str) -> None:
-        path = self._locate(models, folder)
-        # A checkpoint from before sync_accum has none.
-        if path is not None and path.exists():
-            load_window_state_dict(self._model, torch.load(path, map_location="cpu", weights_only=True))
-        elif path is not None:
-            discard(self._model)
+    def add(self, model: nn.Module) -> None:
+        """Raises ValueError where ``prepare()`` has not seen the model."""
+        ours = self._accelerator.unwrap_model(model)
+        if all(ours is not prepared for prepared in self._prepared()):
+            raise ValueError("the model is none of the accelerator's: call sync_accum after prepare(model)")
+        # Those that free_memory() gave up are held no longer.
+        self._ours = [one for _, one in self._placed() if one is not ours] + [ours]
+        if all(one is not self for one in self._accelerator._custom_objects):
+            self._accelerator.register_for_checkpointing(self)
 
-    def _locate(self, models: list[nn.Module], folder: str) -> Path | None:
-        """A file for each model. None where the accelerator has given it up: free_memory(), before another try."""
-        place = _find_place(self._accelerator, models, self._model)
-        return None if place is None else Path(folder) / f"syncaccum_windows_{place}.pt"
+    def remove(self, model: nn.Module) -> None:
+        ours = self._accelerator.unwrap_model(model)
+        self._ours = [one for one in self._ours if one is not ours]
+        if not self._ours and self in self._accelerator._custom_objects:
+            self._accelerator._custom_objects.remove(self)
 
+    def state_dict(self) -> dict[str, Any]:
+        """By a model's place among those that were prepared. Collective: ``save_state()`` calls it on every rank."""
+        return {str(place): gather_window_state_dict(model) for place, model in self._placed()}
 
-def _find_place(accelerator: Any, models: Sequence[nn.Module], model: nn.Module) -> int | None:
-    wanted = accelerator.unwrap_model(model)
-    places = (index for index, one in enumerate(models) if accelerator.unwrap_model(one) is wanted)
-    return next(places, None)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for place, model in self._placed():
+            load_window_state_dict(model, state[str(place)])
+
+    def _placed(self) -> list[tuple[int, nn.Module]]:
+        return [(i, one) for i, one in enumerate(self._prepared()) if any(one is ours for ours in self._ours)]
+
+    def _prepared(self) -> list[nn.Module]:
+        return [self._accelerator.unwrap_model(one) for one in self._accelerator._models]
 
 
 def _refuse_part_of_window(accelerator: Any) -> None:

@@ -26,8 +26,11 @@ WINDOW, MICRO_BATCHES, SIZE = 4, 10, 3
 
 def make_model() -> Any:
     torch.manual_seed(0)
-    sizes = {"embedding_size": 4, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
-    return ResNetForImageClassification(ResNetConfig(num_channels=1, num_labels=3, **sizes)).double()
+    sizes: dict[str, Any] = {"embedding_size": 4, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
+    model = ResNetForImageClassification(ResNetConfig(num_channels=1, num_labels=3, **sizes)).double()
+    # Its forward takes num_items_in_batch and makes no use of it, which the Trainer does not expect.
+    model.accepts_loss_kwargs = False
+    return model
 
 
 def make_images(ranks: int = 1) -> list[dict[str, Any]]:
@@ -120,14 +123,14 @@ def test_each_step_commits_the_window_of_two_ranks(rank: Rank) -> None:
 
 
 class OutOfMemory(TrainerCallback):
-    """Ends the first try in the middle of its second window."""
+    """Ends the first try in the middle of its first window."""
 
     def __init__(self) -> None:
         self.substeps = 0
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
         self.substeps += 1
-        if self.substeps == 5:
+        if self.substeps == 2:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
 
@@ -138,10 +141,9 @@ def test_a_retry_with_smaller_batches_starts_with_empty_windows(kind: type, tmp_
     settings = {"auto_find_batch_size": True, "num_train_epochs": 1, "size": 6}
     trainer = make_trainer(make_model(), tmp_path, kind=kind, callbacks=callbacks, **settings)
     trainer.train()
-    first, *retried = watch.windows
-    assert first == 4
-    assert sum(retried) == -(-MICRO_BATCHES * SIZE // trainer._train_batch_size)
-    assert set(retried[:-1]) == {4}
+    # Of five examples in the place of six.
+    assert trainer._train_batch_size == 5
+    assert watch.windows == [4, 2]
 
 
 def test_training_resumes_as_if_it_had_never_stopped(tmp_path: Path) -> None:

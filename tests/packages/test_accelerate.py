@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from syncaccum import LockstepError, lockstep
+from syncaccum import LockstepError, discard, lockstep
 from syncaccum.integrations.accelerate import sync_accum
 from tests.oracle import Oracle, assert_same_statistics, gather_global_batch, make_reference
 from tests.ranks import Rank, on_ranks
@@ -150,15 +150,14 @@ def test_a_checkpoint_holds_the_open_windows_of_two_ranks(rank: Rank) -> None:
         check_checkpoint(joint, rank.folder / "saved")
 
 
-def test_a_checkpoint_from_before_starts_with_empty_windows(tmp_path: Path) -> None:
+def test_a_checkpoint_from_before_is_loaded_first(tmp_path: Path) -> None:
     with accelerator({}) as alone:
         model, optimizer = prepare(alone)
         alone.save_state(str(tmp_path))
-        sync_accum(alone, model, optimizer)
-        step(alone, model, optimizer, torch.randn(4, 3, dtype=torch.float64))
-        assert model[1].window.count == 4
         alone.load_state(str(tmp_path))
-        assert model[1].window.count == 0
+        sync_accum(alone, model, optimizer)
+        with pytest.raises(RuntimeError, match="does not match the number of registered objects"):
+            alone.load_state(str(tmp_path))
 
 
 def test_a_training_function_that_runs_again_starts_with_empty_windows(tmp_path: Path) -> None:
@@ -171,9 +170,12 @@ def test_a_training_function_that_runs_again_starts_with_empty_windows(tmp_path:
         alone.free_memory()
         model, optimizer = prepare(alone)
         sync_accum(alone, model, optimizer)
-        # The first model's windows are no part of it.
         alone.save_state(str(tmp_path))
-        assert [path.name for path in tmp_path.glob("syncaccum*")] == ["syncaccum_windows_0.pt"]
+    # A process that was started anew has made one model.
+    with accelerator({}) as alone:
+        model, optimizer = prepare(alone)
+        sync_accum(alone, model, optimizer)
+        alone.load_state(str(tmp_path))
 
 
 def test_after_remove_steps_commit_nothing_and_checkpoints_hold_no_windows(tmp_path: Path) -> None:
@@ -183,7 +185,20 @@ def test_after_remove_steps_commit_nothing_and_checkpoints_hold_no_windows(tmp_p
         step(alone, model, optimizer, torch.randn(4, 3, dtype=torch.float64))
         assert model[1].num_batches_tracked == 0
         alone.save_state(str(tmp_path))
-        assert not list(tmp_path.glob("syncaccum*"))
+        assert not list(tmp_path.glob("custom*"))
+
+
+def test_the_windows_of_two_models_come_back_to_each(tmp_path: Path) -> None:
+    with accelerator({}) as alone:
+        both = [prepare(alone) for _ in range(2)]
+        for n, (model, optimizer) in zip((3, 5), both, strict=True):
+            sync_accum(alone, model, optimizer)
+            model(torch.randn(n, 3, dtype=torch.float64))
+        alone.save_state(str(tmp_path))
+        for model, _ in both:
+            discard(model)
+        alone.load_state(str(tmp_path))
+        assert [model[1].window.count for model, _ in both] == [3, 5]
 
 
 def test_a_model_that_was_not_prepared_is_refused() -> None:
