@@ -1,6 +1,5 @@
 """Lightning: gradient accumulation with BatchNorm statistics of the global batch, by one callback.
 
-    python with_lightning.py
     python with_lightning.py --devices 2
 
 Needs `pip install syncaccum[lightning] scikit-learn`.

@@ -1,17 +1,16 @@
-"""fastai: a callback that converts the model, and commits after each optimizer step."""
+"""fastai: a callback that converts the model, and commits after each step."""
 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
 
 from fastai.callback.core import Callback
 
 from syncaccum.layer.convert import convert_sync_accum
 from syncaccum.layer.settings import DEFAULT_POLICY
-from syncaccum.window.commit import OnNonFinite
+from syncaccum.window.commit import OnNonFinite, check_on_nonfinite, commit_layers, to_seconds
 from syncaccum.window.counted import discard
-from syncaccum.window.step_hook import CommitHandle, commit_on_step
+from syncaccum.window.layers import tracking_layers
 
 
 class SyncAccumCallback(Callback):  # type: ignore[misc] # fastai has no types
@@ -42,18 +41,27 @@ class SyncAccumCallback(Callback):  # type: ignore[misc] # fastai has no types
         on_nonfinite: OnNonFinite = "raise",
     ) -> None:
         self._normalization = normalization
-        self._settings: dict[str, Any] = {"timeout": timeout, "on_nonfinite": on_nonfinite}
-        self._handle: CommitHandle | None = None
+        check_on_nonfinite(on_nonfinite)
+        self._timeout = to_seconds(timeout)
+        self._on_nonfinite: OnNonFinite = on_nonfinite
+        self._was_skipped = False
 
     def before_fit(self) -> None:
-        """Convert, drop what another fit has left, and hook the optimizer, which the learner has made by now."""
-        model = convert_sync_accum(self.learn.model, normalization=self._normalization)
-        discard(model)
-        self._handle = commit_on_step(model, self.learn.opt, **self._settings)
+        """Convert, and drop what another fit has left."""
+        self._was_skipped = False
+        discard(convert_sync_accum(self.learn.model, normalization=self._normalization))
+
+    def after_cancel_step(self) -> None:
+        """A step that gradient scaling skips leaves its window to the next."""
+        self._was_skipped = True
+
+    def after_step(self) -> None:
+        """Commit. fastai comes here after skipped steps, too, but not after those that accumulation puts off."""
+        # No hook on the optimizer: fastai's own are none of torch's.
+        if not self._was_skipped:
+            commit_layers(tracking_layers(self.learn.model), self._timeout, self._on_nonfinite)
+        self._was_skipped = False
 
     def after_fit(self) -> None:
-        """Commit no more. fastai comes here also where a callback ends the fit early."""
+        """Drop what no step came for. fastai comes here also where a callback ends the fit early."""
         discard(self.learn.model)
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None

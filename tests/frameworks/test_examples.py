@@ -25,7 +25,7 @@ ALONE = {name: ["python", name] for name in [*ON_TWO_RANKS, "with_fastai.py"]}
 def test_an_example_learns(command: list[object], tmp_path: Path) -> None:
     (script,) = (word for word in command if str(word).endswith(".py"))
     shutil.copy(EXAMPLES / str(script), tmp_path)
-    finished = run(*command, "--epochs", 2, folder=tmp_path)
+    finished = run(*command, "--epochs", 2, folder=tmp_path, PYTHONPATH=str(CHECKOUT))
     assert finished.returncode == 0, finished.stdout
     (accuracy,) = re.findall(r"^test accuracy ([\d.]+)%", finished.stdout, re.MULTILINE)
     assert float(accuracy) / 100 > LEARNT, finished.stdout
