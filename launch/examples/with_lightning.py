@@ -19,7 +19,7 @@ from syncaccum.integrations.lightning import SyncAccumCallback
 GLOBAL_BATCH, MICRO_BATCH, TEST_IMAGES = 64, 4, 360
 
 
-class Digits(LightningModule):
+class Digits(LightningModule):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         layers = nn.Conv2d(1, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 36, 10)

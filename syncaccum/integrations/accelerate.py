@@ -1,4 +1,4 @@
-"""Accelerate: one call after prepare() that converts, commits after each real step, and keeps windows in checkpoints."""
+"""Accelerate: a call after prepare() that converts, commits after each real step, and keeps windows in checkpoints."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ def sync_accum(
     Call it after ``prepare()``. Each optimizer step commits its window, also the short one at the loader's end. Steps
     that ``accumulate()`` or gradient scaling skips leave the window open. ``save_state()`` and ``load_state()`` take
     open windows along, over any number of ranks. A training function that runs again, as under
-    ``find_executable_batch_size``, starts with empty windows. To load a checkpoint that was saved without ``sync_accum``,
-    call ``load_state()`` before it.
+    ``find_executable_batch_size``, starts with empty windows.
+
+    To load a checkpoint that was saved without ``sync_accum``, call ``load_state()`` before it.
 
     **The exact mode** (:func:`lockstep`, :func:`lookahead`) takes a whole window at once, so it is refused where
     ``gradient_accumulation_steps`` is more than 1: it would take each micro-batch for a window.

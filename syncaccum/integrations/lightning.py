@@ -22,7 +22,7 @@ _KEY = "syncaccum_windows"
 """Of the open windows in Lightning's checkpoints."""
 
 
-class SyncAccumCallback(Callback):
+class SyncAccumCallback(Callback):  # type: ignore[misc] # not installed where types are checked
     """BatchNorm statistics of the global batch, over ``accumulate_grad_batches`` micro-batches and all ranks.
 
     Converts the model when a fit begins, before the strategy wraps it. Each optimizer step commits its window, also
@@ -45,9 +45,9 @@ class SyncAccumCallback(Callback):
         micro_batch: examples in a micro-batch, for the latter two.
 
     Raises:
-        ValueError: for an unknown mode, or one without ``micro_batch``. When a fit begins: with ``sync_batchnorm=True``,
-            which would replace the layers, and what :func:`convert_sync_accum` raises. In the first step: a whole
-            window with ``accumulate_grad_batches`` or manual optimization.
+        ValueError: for an unknown mode, or one without ``micro_batch``. When a fit begins: ``sync_batchnorm=True``,
+            which replaces layers, and what :func:`convert_sync_accum` raises. In the first step: a whole window with
+            ``accumulate_grad_batches`` or manual optimization.
         NoLayersError: when training begins, the model has no BatchNorm that tracks statistics.
 
     Example::

@@ -20,7 +20,6 @@ from syncaccum import commit_on_step, convert_sync_accum
 from syncaccum.integrations.fastai import SyncAccumCallback
 from tests.oracle import Oracle, assert_same_statistics, concatenate, make_reference
 
-
 # Of fastai, when it loads what lr_find has saved.
 pytestmark = pytest.mark.filterwarnings("ignore:.*numpy.core is deprecated:DeprecationWarning")
 

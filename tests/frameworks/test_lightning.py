@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor, nn
@@ -53,7 +52,7 @@ def make_optimizer(net: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
 
 
-class Network(LightningModule):
+class Network(LightningModule):  # type: ignore[misc] # not installed where types are checked
     """Trains, and keeps what its BatchNorm layers saw, and after which micro-batch there was a commit."""
 
     def __init__(self) -> None:
@@ -150,7 +149,7 @@ def test_each_step_commits_the_window_of_two_ranks(rank: Rank) -> None:
         check_fit(rank.size)
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Ends a fit."""
 
 
@@ -165,12 +164,12 @@ class SavedInMidWindow(Network):
         super().on_train_batch_end(*arguments)
         if len(self.windows) == 1 and len(self.open) == 2:
             self.trainer.save_checkpoint(self.path)
-            raise Stopped
+            raise StoppedError
 
 
 def check_resume(ranks: int, path: Path) -> None:
     first = SavedInMidWindow(path)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         make_trainer(SyncAccumCallback(), ranks).fit(first, make_loader(ranks))
     resumed = Network()
     # What the checkpoint's window has seen belongs to the next commit.
@@ -193,7 +192,7 @@ def test_two_ranks_resume_in_the_middle_of_a_window(rank: Rank) -> None:
 def test_a_fit_after_an_exception_starts_with_empty_windows(tmp_path: Path) -> None:
     network = SavedInMidWindow(tmp_path / "saved.ckpt")
     callback = SyncAccumCallback()
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         make_trainer(callback).fit(network, make_loader())
     assert network.layers[0].window.count == 2 * SIZE
     network.open, network.windows = [], [0, 0]
@@ -207,7 +206,7 @@ def test_sync_batchnorm_is_named_as_a_conflict(rank: Rank) -> None:
         make_trainer(SyncAccumCallback(), rank.size, sync_batchnorm=True).fit(Network(), make_loader(rank.size))
 
 
-class Plain(LightningModule):
+class Plain(LightningModule):  # type: ignore[misc] # not installed where types are checked
     """Keeps the loss of each step."""
 
     def __init__(self) -> None:
@@ -274,8 +273,8 @@ def check_lookahead(ranks: int) -> None:
     optimizer = make_optimizer(net)
     first = dist.get_rank() if ranks > 1 else 0
     for x in make_data(ranks)[first::ranks].split(WINDOW * SIZE):
-        losses = lookahead(parallel, lambda part, n=len(x): loss_of(parallel, part) * len(part) / n, x.split(5))
-        for loss in losses:
+        parts = [(part, len(part) / len(x)) for part in x.split(5)]
+        for loss in lookahead(parallel, lambda part: loss_of(parallel, part[0]) * part[1], parts):
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -323,7 +322,7 @@ def test_a_strategy_has_its_own_step_again_after_a_fit() -> None:
     assert not {"training_step", "backward"} & vars(trainer.strategy).keys()
 
 
-class Adversaries(LightningModule):
+class Adversaries(LightningModule):  # type: ignore[misc] # not installed where types are checked
     """Two networks with an optimizer each; one steps after every micro-batch, the other after every third."""
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ from launch.digits import load_split
 from tests.docs.blocks import ROOT, run_examples
 
 
-class Digits(LightningModule):
+class Digits(LightningModule):  # type: ignore[misc] # not installed where types are checked
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
@@ -39,8 +39,14 @@ class Classifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        sizes = {"embedding_size": 4, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
-        self.net = ResNetForImageClassification(ResNetConfig(num_channels=1, num_labels=10, **sizes))
+        sizes: dict[str, Any] = {
+            "embedding_size": 4,
+            "hidden_sizes": [8, 8],
+            "depths": [1, 1],
+            "layer_type": "basic",
+            "num_labels": 10,
+        }
+        self.net = ResNetForImageClassification(ResNetConfig(num_channels=1, **sizes))
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
         outputs = self.net(pixel_values, labels)
@@ -57,7 +63,7 @@ def test_the_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "loader": DataLoader(data, 4),
         "large_batch_loader": DataLoader(data, 16),
         "image_model": Classifier(),
-        "images": [{"pixel_values": x, "labels": y} for x, y in data],
+        "images": [{"pixel_values": x, "labels": y} for x, y in zip(*data.tensors, strict=True)],
         "data_loaders": DataLoaders.from_dsets(data, data, bs=4, device="cpu"),
     }
     assert run_examples(ROOT / "docs/frameworks.md", 0, tmp_path, **names) == 6

@@ -26,8 +26,14 @@ WINDOW, MICRO_BATCHES, SIZE = 4, 10, 3
 
 def make_model() -> Any:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"embedding_size": 4, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
-    model = ResNetForImageClassification(ResNetConfig(num_channels=1, num_labels=3, **sizes)).double()
+    sizes: dict[str, Any] = {
+        "embedding_size": 4,
+        "hidden_sizes": [8, 8],
+        "depths": [1, 1],
+        "layer_type": "basic",
+        "num_labels": 3,
+    }
+    model: Any = ResNetForImageClassification(ResNetConfig(num_channels=1, **sizes)).double()
     # Its forward takes num_items_in_batch and makes no use of it, which the Trainer does not expect.
     model.accepts_loss_kwargs = False
     return model
@@ -138,7 +144,7 @@ class OutOfMemory(TrainerCallback):
 def test_a_retry_with_smaller_batches_starts_with_empty_windows(kind: type, tmp_path: Path) -> None:
     watch = Watch()
     callbacks = [SyncAccumTrainerCallback(), watch, OutOfMemory()]
-    settings = {"auto_find_batch_size": True, "num_train_epochs": 1, "size": 6}
+    settings: dict[str, Any] = {"auto_find_batch_size": True, "num_train_epochs": 1, "size": 6}
     trainer = make_trainer(make_model(), tmp_path, kind=kind, callbacks=callbacks, **settings)
     trainer.train()
     # Of five examples in the place of six.
@@ -148,7 +154,7 @@ def test_a_retry_with_smaller_batches_starts_with_empty_windows(kind: type, tmp_
 
 def test_training_resumes_as_if_it_had_never_stopped(tmp_path: Path) -> None:
     whole, resumed = make_model(), make_model()
-    settings = {"save_strategy": "steps", "save_steps": 2}
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     make_trainer(whole, tmp_path / "whole", callbacks=[SyncAccumTrainerCallback()], **settings).train()
     trainer = make_trainer(resumed, tmp_path / "resumed", callbacks=[SyncAccumTrainerCallback()])
     trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
@@ -212,8 +218,8 @@ def test_the_lookahead_mode_trains_as_lookahead_by_hand(tmp_path: Path) -> None:
         for i in range(0, len(images), SIZE)
     ]
     for start in range(0, MICRO_BATCHES, WINDOW):
-        window = batches[start : start + WINDOW]
-        for loss in lookahead(expected, lambda batch, n=len(window): expected(**batch).loss / n, window):
+        window = [(batch, min(WINDOW, MICRO_BATCHES - start)) for batch in batches[start : start + WINDOW]]
+        for loss in lookahead(expected, lambda one: expected(**one[0]).loss / one[1], window):
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
