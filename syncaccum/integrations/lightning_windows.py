@@ -26,7 +26,8 @@ class WholeWindows:
         self._strategy = strategy = trainer.strategy
         self._step, self._backward = strategy.training_step, strategy.backward
         self._ahead: Iterator[Tensor] = iter(())
-        strategy.training_step = self._run_exact if mode == "exact" else self._look_ahead
+        self._run_walked = self._run_exact if mode == "exact" else self._look_ahead
+        strategy.training_step = self._run
         strategy.backward = self._walk
 
     def remove(self) -> None:
@@ -34,6 +35,15 @@ class WholeWindows:
         vars(self._strategy).pop("training_step", None)
         vars(self._strategy).pop("backward", None)
         self._ahead = iter(())
+
+    def _run(self, batch: Any, *args: Any) -> Any:
+        # Averaged weights get their statistics in an epoch without backwards.
+        # That is one window, and Lightning says so by accumulate_grad_batches.
+        if self._trainer.fit_loop._skip_backward:
+            with torch.no_grad():
+                return self._run_exact(batch, *args)
+        self._refuse_parts()
+        return self._run_walked(batch, *args)
 
     def _run_exact(self, batch: Any, *args: Any) -> Any:
         parts = self._split(batch)
@@ -62,15 +72,17 @@ class WholeWindows:
         for later in self._ahead:
             self._backward(later, *args, **kwargs)
 
-    def _split(self, batch: Any) -> list[tuple[Any, float]]:
-        """Micro-batches, and the share of each in the batch."""
-        # Asked here: a callback may change the first, and a model the second.
+    def _refuse_parts(self) -> None:
+        # Asked in each step: a callback may change the first, and a model the second.
         if self._trainer.accumulate_grad_batches != 1 or not self._trainer.lightning_module.automatic_optimization:
             raise ValueError(
                 "the modes 'exact' and 'lookahead' of SyncAccumCallback take a batch of the loader for the whole "
                 "window, and optimize automatically: leave accumulate_grad_batches at 1, with a larger batch_size; "
                 "or, in manual optimization, call syncaccum.lockstep or lookahead in training_step"
             )
+
+    def _split(self, batch: Any) -> list[tuple[Any, float]]:
+        """Micro-batches, and the share of each in the batch."""
         sizes: list[int] = []
         apply_to_collection(batch, Tensor, lambda tensor: sizes.append(len(tensor)))
         if len(set(sizes)) != 1:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor, nn
@@ -221,7 +222,7 @@ class Plain(LightningModule):  # type: ignore[misc] # not installed where types 
         return {"loss": loss_of(self.net, batch[0]), "examples": len(batch[0])}
 
     def on_train_batch_end(self, outputs: Any, *_: Any) -> None:
-        assert sum(outputs["examples"]) in (12, 6)
+        assert sum(outputs["examples"]) in (WINDOW * SIZE, 2 * SIZE)
         self.losses.append(float(outputs["loss"]))
 
 
@@ -320,6 +321,49 @@ def test_a_strategy_has_its_own_step_again_after_a_fit() -> None:
     trainer = make_trainer(SyncAccumCallback(mode="exact", micro_batch=5), accumulate_grad_batches=1, max_epochs=1)
     trainer.fit(Plain(), make_loader(size=WINDOW * SIZE))
     assert not {"training_step", "backward"} & vars(trainer.strategy).keys()
+
+
+class Averaged(Plain):
+    """Keeps what its first BatchNorm saw in the last epoch."""
+
+    def on_train_start(self) -> None:
+        self.net[1].register_forward_pre_hook(lambda _, inputs: self.seen.append(inputs[0].detach()))
+
+    def on_train_epoch_start(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("mode", ["accumulate", "exact", "lookahead"])
+def test_averaged_weights_get_the_statistics_of_a_whole_epoch(mode: Any) -> None:
+    model = Averaged()
+    callback = SyncAccumCallback(mode=mode, micro_batch=None if mode == "accumulate" else 2)
+    averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+    make_trainer([callback, averaging], accumulate_grad_batches=1).fit(model, make_loader())
+    layer, epoch = model.net[1], torch.cat(model.seen)
+    assert len(epoch) == MICRO_BATCHES * SIZE
+    expected = nn.BatchNorm1d(4, momentum=None, dtype=torch.float64)
+    expected(epoch)
+    assert_same_statistics(layer, expected)
+
+
+@pytest.mark.parametrize("mode", ["accumulate", "exact", "lookahead"])
+def test_a_step_in_bfloat16_commits_its_window(mode: Any) -> None:
+    model = Averaged().float()
+    callback = SyncAccumCallback(mode=mode, micro_batch=None if mode == "accumulate" else 2)
+    settings = {"accumulate_grad_batches": WINDOW, "max_steps": 1} if mode == "accumulate" else {"max_steps": 1}
+    settings = {"accumulate_grad_batches": 1, "precision": "bf16-mixed", **settings}
+    size = SIZE if mode == "accumulate" else WINDOW * SIZE
+    data = TensorDataset(make_data().float())
+    make_trainer(callback, **settings).fit(model, DataLoader(data, size))
+    seen = model.seen[-WINDOW if mode == "accumulate" else -6 :]
+    assert {x.dtype for x in seen} == {torch.bfloat16}
+    assert sum(len(x) for x in seen) == WINDOW * SIZE
+    expected = nn.BatchNorm1d(4, dtype=torch.float64)
+    expected(torch.cat(seen).double())
+    assert_same_statistics(model.net[1], expected, rtol=2e-6, atol=1e-6)  # kept in float32
 
 
 class Adversaries(LightningModule):  # type: ignore[misc] # not installed where types are checked
