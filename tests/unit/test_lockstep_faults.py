@@ -21,7 +21,6 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import eval_frame
@@ -30,17 +29,10 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import spectral_norm as old_spectral_norm
 
 from syncaccum import LockstepError, SyncAccumBatchNorm, convert_sync_accum, lockstep
+from tests.unit.interrupts import Interrupt, arrived
 from tests.unit.test_lockstep import assert_same_gradients
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
-
-
-@pytest.fixture
-def group() -> Iterator[None]:
-    """A default process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def small(*between: nn.Module) -> nn.Sequential:
@@ -259,18 +251,6 @@ def test_forwards_that_rightly_meet_nobody_are_taken(kind: str) -> None:
 # --- interrupts -----------------------------------------------------------------------------------------------
 
 
-class Interrupt(BaseException):
-    """As KeyboardInterrupt, but nobody else's."""
-
-
-arrived = threading.Event()
-
-
-def raise_interrupt(*_: Any) -> None:
-    arrived.set()
-    raise Interrupt
-
-
 def interrupt(thread: int) -> None:
     """Send a signal to the main thread, and let it do what it does then, also on a busy machine."""
     arrived.clear()
@@ -282,13 +262,6 @@ def interrupt(thread: int) -> None:
 def names_of_lockstep_threads() -> list[str]:
     """Of those still alive; other tests leave threads of torch's compiler."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("syncaccum-lockstep")]
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    before = signal.signal(signal.SIGUSR1, raise_interrupt)
-    yield
-    signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.mark.parametrize("interrupting", [0, 1, 2])
