@@ -191,7 +191,7 @@ add_row '' '' 'build the image' passed "$((SECONDS - started))"
 
 torchrun=(launch/torchrun_multinode.sh -- --tee 3)
 tests=(-m pytest --exitfirst --quiet --no-header --tb short -o console_output_style=classic -p no:cacheprovider
-  -W ignore::pytest.PytestUnraisableExceptionWarning) # ranks of a container clean up one folder
+  -W ignore::pytest.PytestUnraisableExceptionWarning) # of a scandir that torch or pytest left open
 training=(launch/train.py --epochs 1 --output)
 for size in "${sizes[@]}"; do
   start_cluster "$size"
