@@ -16,6 +16,7 @@ from torch import Tensor
 from syncaccum.layer.balance import spread
 from syncaccum.layer.following import follow
 from syncaccum.layer.replay import Record, Records
+from syncaccum.moments import drop_if_nonfinite
 
 PACKED = ("last", "owed", "squares", "counts")
 """The parts of a ledger in a checkpoint."""
@@ -151,13 +152,13 @@ class Ledger:
         """What the first forward of a micro-batch used, whose second one a checkpoint runs.
 
         Raises:
-            RuntimeError: this window has had no such forward.
+            RuntimeError: there was no such forward, or nothing holds its record any more.
         """
-        if (record := self.records.find(own, self.number)) is None:
+        if (record := self.records.find(own)) is None:
             raise RuntimeError(
-                f"torch.utils.checkpoint runs the forward of layer {name} again, but this window has had no such "
-                "forward: its window was committed or discarded since, or its data is not the same as the first time. "
-                'Call backward() before commit, or use normalization="batch"'
+                f"torch.utils.checkpoint runs the forward of layer {name} again, but there was no such forward: its data "
+                "is not the same as the first time, or a window has ended and the next one has begun since. Call "
+                'backward() before commit, pass use_reentrant=False, or use normalization="batch"'
             )
         return record
 
@@ -193,8 +194,10 @@ class Ledger:
                 # Nobody knows how long it will be: the mean of what came.
                 feedback = debt / (before + n + of_sample)
             self.paid_at[record.forward] = before
+            # Infinite gradients, as under a scaler, spoil no later ones.
+            owed = drop_if_nonfinite(owed).to(self.owed.device)
             # One call: a signal comes before or after it.
-            vars(self).update(owed=owed.to(self.owed.device), done=self.done + n if done is None else self.done)
+            vars(self).update(owed=owed, done=self.done + n if done is None else self.done)
             return feedback
 
     def settle(self) -> None:

@@ -12,7 +12,7 @@ from syncaccum.layer.policies import Normalizer, Window, copy_committed
 from syncaccum.layer.replay import Record, number_forward
 from syncaccum.layer.so_far_compiled import normalize_compiled
 from syncaccum.layer.state import Accumulating, match_width
-from syncaccum.moments import pack_statistics
+from syncaccum.moments import drop_if_nonfinite, pack_statistics
 from syncaccum.torch_private import buffers_of, has_no_values, is_transformed, runs_in_backward, saved_tensor_hooks
 
 _COMMITTED_SAMPLES = 4
@@ -78,7 +78,9 @@ def _count_others(layer: Accumulating, ledger: Ledger, x: Tensor) -> Tensor:
     state = layer._accumulation
     if not (getattr(layer, "_is_replica", False) or has_no_values(x)):
         bring_window_home(state, x.device)
-    window = state.window.to(x.device)
+    # One micro-batch with NaN or Inf spoils no other: where a scaler
+    # skips the step, no commit would ever end this window.
+    window = drop_if_nonfinite(state.window.to(x.device))
     if ledger.knows_prior:
         return torch.add(window, ledger.prior.to(x.device), alpha=_values_of_sample(x))
     return window + _count_committed(layer, x)
