@@ -122,10 +122,15 @@ class Ledger:
     def pack(self) -> dict[str, Tensor]:
         """All of it as additive sums, each as long as a window: those of several ranks may be added."""
         self.settle()
-        last = self.prior / self.prior[0] if self.knows_prior else torch.zeros_like(self.prior)
-        owed = torch.cat((self.prior[:1], self.owed))
-        squares = torch.cat((self.squares.new_tensor([self.samples]), self.squares, torch.zeros_like(self.squares)))
-        counts = torch.zeros_like(last)
+        last, owed, squares, counts = (torch.zeros_like(self.prior) for _ in PACKED)
+        # The first of each is a whole number, as a window's count is.
+        # So what the prior is worth stands elsewhere.
+        if self.knows_prior:
+            last.copy_(self.prior)[0] = 1.0
+            squares[-1] = self.prior[0]
+        owed[1:] = self.owed
+        squares[0] = self.samples
+        squares[1 : 1 + self.squares.numel()] = self.squares
         counts[:3] = counts.new_tensor([self.expected, self.done, self.micro_batches])
         return dict(zip(PACKED, (last, owed, squares, counts), strict=True))
 
@@ -133,13 +138,13 @@ class Ledger:
         """Be as `pack` said; each of so many ranks takes an equal part of what they saw and owe together."""
         last, owed, squares, counts = (state[name].detach().to(self.prior.device) for name in PACKED)
         expected, done, micro_batches = (counts[:3] / ranks).tolist()
-        knew = last[0].clamp_min(1)
-        self.prior.copy_(last / knew * (owed[0] / knew))
+        # The mean over those that knew one: its sums and its worth.
+        self.prior.copy_(torch.cat((squares[-1:], last[1:])) / last[0].clamp_min(1))
         vars(self).update(
             self.emptied()
             | {
                 "owed": owed[1:] / ranks,
-                "squares": squares[1:].chunk(2)[0] / ranks,
+                "squares": squares[1 : 1 + self.squares.numel()] / ranks,
                 "expected": expected,
                 "done": done,
                 "samples": squares[0].item() / ranks,

@@ -397,8 +397,13 @@ def test_another_policy_and_back_forgets_the_books() -> None:
 # --- saved windows ---------------------------------------------------------------------------------------------
 
 
-def test_a_saved_window_goes_on_bit_for_bit() -> None:
+@pytest.mark.parametrize("windows", [0, 1, 2, 4])
+def test_a_saved_window_goes_on_bit_for_bit(windows: int) -> None:
     layer, _ = make_second_window()
+    for window in range(windows):
+        layer(draw(70 + window).requires_grad_()).sum().backward()
+        commit(layer)
+        layer(draw(80 + window).requires_grad_()).sum().backward()
     other = make_layer()
     other.load_state_dict(layer.state_dict())
     syncaccum.load_window_state_dict(other, syncaccum.window_state_dict(layer))
