@@ -125,7 +125,7 @@ def run_side_by_side(
     wrappers = Wrappers(model, len(batches))
     weights = SharedWeights(model)
     bystanders = Bystanders(model)
-    attendance = Attendance(model)
+    attendance = Attendance(model, mode.call)
     teams = Teams(model, len(batches))
 
     def check_surroundings(layer: Accumulating, name: str) -> None:

@@ -48,6 +48,12 @@ def layers_of(model: nn.Module) -> list[SyncAccumBatchNorm]:
     return [layer for layer in model.modules() if isinstance(layer, SyncAccumBatchNorm)]
 
 
+def test_another_model_is_refused_with_the_name_of_the_call() -> None:
+    model, other = pair(small)
+    with pytest.raises(LockstepError, match="passed to lookahead; a forward without BatchNorm needs no lookahead"):
+        walk(model, parts_of(2, 3), other)
+
+
 # --- loops that are left --------------------------------------------------------------------------------------
 
 
