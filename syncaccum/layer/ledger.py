@@ -161,8 +161,8 @@ class Ledger:
         """
         if (record := self.records.find(own)) is None:
             raise RuntimeError(
-                f"torch.utils.checkpoint runs the forward of layer {name} again, but there was no such forward: its data "
-                "is not the same as the first time, or a window has ended and the next one has begun since. Call "
+                f"torch.utils.checkpoint runs the forward of layer {name} again, but there was no such forward: its "
+                "data is not the same as the first time, or a window has ended and the next one has begun since. Call "
                 'backward() before commit, pass use_reentrant=False, or use normalization="batch"'
             )
         return record

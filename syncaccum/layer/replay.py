@@ -61,7 +61,7 @@ class Records:
         self._live: list[weakref.ref[Record]] = []
 
     def add(self, record: Record, own: Tensor, *, hold: bool) -> None:
-        """Keep the record of a forward with these packed moments: until the next window begins, or while others hold it."""
+        """Keep the record of a forward with these packed moments: while others hold it, or until the next window."""
         record.sample = _sample(own)
         if self._held and self._held[0].number != record.number:
             self._held.clear()

@@ -99,4 +99,5 @@ def test_books_saved_by_two_ranks_are_shared_out_over_any_number() -> None:
                     torch.testing.assert_close(parts.sum(0), shares.sum(0))
     worths = [own[key][-1] for own in owns for key in own if key.endswith("/squares")]
     # 1 to 16 samples, and not only whole numbers of them.
-    assert worths[0] != worths[1] and not all(float(worth).is_integer() for worth in worths)
+    assert worths[0] != worths[1]
+    assert not all(float(worth).is_integer() for worth in worths)
