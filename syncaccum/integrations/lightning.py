@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Literal
 
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from syncaccum.errors import NoLayersError
 from syncaccum.integrations.lightning_windows import WholeWindows
 from syncaccum.integrations.parts import commit_parts_on_steps
 from syncaccum.layer.convert import convert_sync_accum
@@ -107,7 +109,9 @@ class SyncAccumCallback(Callback):  # type: ignore[misc] # not installed where t
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Put the open windows of all ranks in. Collective: Lightning calls it on each."""
-        checkpoint[_KEY] = gather_window_state_dict(pl_module)
+        # A model that was only tested is not converted.
+        with suppress(NoLayersError):
+            checkpoint[_KEY] = gather_window_state_dict(pl_module)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep the windows until training starts: the strategy may still move the model."""
