@@ -97,7 +97,7 @@ class SyncAccumCallback(Callback):  # type: ignore[misc] # not installed where t
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start with the checkpoint's windows, or empty ones, and hook the optimizers."""
-        # lr_find leaves windows open, and so does a fit that failed.
+        # A fit that failed has left windows open.
         discard(pl_module)
         if self._loaded is not None:
             load_window_state_dict(pl_module, self._loaded)
@@ -122,9 +122,7 @@ class SyncAccumCallback(Callback):  # type: ignore[misc] # not installed where t
         self._let_go()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Commit no more. Windows stay, because a checkpoint may still be saved; but not those of ``lr_find``."""
-        if stage == "fit" and not self._handles:
-            discard(pl_module)
+        """Commit no more. Windows stay: a checkpoint may still be saved."""
         self._let_go()
 
     def _let_go(self) -> None:

@@ -353,7 +353,9 @@ def test_averaged_weights_get_the_statistics_of_a_whole_epoch(mode: Any) -> None
 def test_a_step_in_bfloat16_commits_its_window(mode: Any) -> None:
     model = Averaged().float()
     callback = SyncAccumCallback(mode=mode, micro_batch=None if mode == "accumulate" else 2)
-    settings = {"accumulate_grad_batches": WINDOW, "max_steps": 1} if mode == "accumulate" else {"max_steps": 1}
+    settings: dict[str, Any] = (
+        {"accumulate_grad_batches": WINDOW, "max_steps": 1} if mode == "accumulate" else {"max_steps": 1}
+    )
     settings = {"accumulate_grad_batches": 1, "precision": "bf16-mixed", **settings}
     size = SIZE if mode == "accumulate" else WINDOW * SIZE
     data = TensorDataset(make_data().float())
