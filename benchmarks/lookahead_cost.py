@@ -1,7 +1,7 @@
 """What does look-ahead cost over ordinary gradient accumulation, in time and in memory?
 
 ResNet-18, forward and backward of a window of 32 images: ordinary micro-batches with nn.BatchNorm, the same with the
-converted model (policy renorm), look-ahead, and lockstep. For time they take turns; a ratio is the median over rounds
+converted model (policy window), look-ahead, and lockstep. For time they take turns; a ratio is the median over rounds
 of the ratio within a round. Memory is the most that tensors take above the start. "On the host" is look-ahead with
 ``offload="cpu"``; the host's part is NumPy's memory then, which is not counted.
 
@@ -126,7 +126,7 @@ def main() -> None:
     plain, converted = build_resnet18(), convert_sync_accum(build_resnet18())
     walks: dict[str, tuple[Walk, nn.Module]] = {
         "ordinary": (one_by_one, plain),
-        "renorm": (one_by_one, converted),
+        "window": (one_by_one, converted),
         "lookahead": (look_ahead, converted),
         "lookahead, on the host": (look_ahead_on_host, converted),
         "lockstep": (side_by_side, converted),

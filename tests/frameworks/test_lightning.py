@@ -421,6 +421,20 @@ def test_a_model_without_batch_norm_is_refused() -> None:
         make_trainer(SyncAccumCallback()).fit(network, make_loader())
 
 
+class WithTestStep(Network):
+    def test_step(self, batch: Any) -> None:
+        self.log("loss", loss_of(self.net, batch[0]))
+
+
+def test_a_model_that_was_only_tested_is_saved_as_it_is() -> None:
+    network = WithTestStep()
+    trainer = make_trainer(SyncAccumCallback())
+    trainer.test(network, make_loader(), verbose=False)
+    trainer.save_checkpoint("tested.ckpt")
+    assert type(network.net[1]) is nn.BatchNorm1d
+    assert "syncaccum_windows" not in torch.load("tested.ckpt", weights_only=False)
+
+
 def test_what_lr_find_has_seen_is_dropped() -> None:
     network = Network()
     network.lr = 0.05
