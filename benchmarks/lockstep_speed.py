@@ -29,8 +29,8 @@ def one_by_one(model: nn.Module, parts: Sequence[Tensor]) -> None:
         torch.autograd.backward(model(x).square().sum())
 
 
-def side_by_side(model: nn.Module, parts: Sequence[Tensor]) -> None:
-    losses = lockstep(model, lambda x: model(x).square().sum(), parts)
+def side_by_side(model: nn.Module, parts: Sequence[Tensor], offload: str | None = None) -> None:
+    losses = lockstep(model, lambda x: model(x).square().sum(), parts, offload=offload)
     torch.autograd.backward(torch.stack(losses).sum())
     discard(model)
 

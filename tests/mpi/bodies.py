@@ -6,7 +6,7 @@ import copy
 import pickle
 import socket
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -222,7 +222,7 @@ def lookahead_has_the_large_batchs_losses_and_statistics(comm: MPI.Intracomm) ->
         for name, buffer in plain.named_buffers():
             torch.testing.assert_close(model.get_buffer(name), buffer)
         # A parameter without a gradient would end the test here.
-        gradient = torch.cat([cast(Tensor, p.grad).flatten() for p in model.parameters()])
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
         assert gradient.any()
         for theirs in comm.allgather(gradient):
             assert torch.equal(gradient, theirs)
