@@ -12,7 +12,10 @@ INSTALLED := $(VENV)/.installed
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
 
-$(INSTALLED): pyproject.toml constraints.txt
+KERNELS := syncaccum/layer/kernels
+
+# The install compiles the CPU passes, where there is a compiler.
+$(INSTALLED): pyproject.toml constraints.txt $(KERNELS)/passes.cpp $(KERNELS)/build.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
@@ -48,6 +51,7 @@ $(FAST)/.installed: constraints.txt
 	$(if $(TORCH),,touch $@)
 
 test-fast: $(FAST)/.installed ## run the unit tests, which need torch and pytest alone
+	$(FAST)/bin/python $(KERNELS)/build.py
 	$(FAST)/bin/python -m pytest tests/unit $(ARGS)
 
 # torchvision, which timm and fastai import, fits the registry's own torch alone, and that brings CUDA along.
@@ -56,7 +60,7 @@ $(FRAMEWORKS)/.installed: tests/frameworks/requirements.txt
 	$(FRAMEWORKS)/bin/python -m pip install --quiet --requirement $<
 	touch $@
 
-test-frameworks: $(FRAMEWORKS)/.installed ## run the tests with timm and fastai; installs 6 GB, some of it CUDA
+test-frameworks: $(FRAMEWORKS)/.installed ## run the tests with Lightning, transformers, timm, fastai; installs 6 GB, some of it CUDA
 	$(FRAMEWORKS)/bin/python -m pytest tests/frameworks $(ARGS)
 
 test-multinode: $(INSTALLED) ## run the tests that span nodes, in clusters of containers; docker/engine.sh gets an engine

@@ -5,3 +5,4 @@ cd "$(dirname "$0")/.."
 for question in precision memory layer_speed commit_speed commit_scaling lockstep_speed training; do
   python -m "benchmarks.$question"
 done
+SYNCACCUM_NATIVE=0 python -m benchmarks.layer_speed

@@ -59,8 +59,7 @@ def _locate_by_variables(environment: Mapping[str, str]) -> Rank:
         raise ProblemError(what + more, _REMEDY)
     if not 0 < port < 1 << 16:
         raise ProblemError(f"MASTER_PORT is {port}", "give a port from 1 to 65535 that is free on rank 0's node")
-    speaks = rank == 0 or environment.get("LOCAL_RANK", "0") == "0"
-    return Rank(rank, size, local_rank, local_size, "variables", speaks)
+    return Rank(rank, size, local_rank, local_size, "variables", rank == 0 or environment.get("LOCAL_RANK", "0") == "0")
 
 
 def open_store(us: Rank, timeout: float) -> dist.Store:

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroupGloo
 
 import syncaccum
 from syncaccum.doctor.rank import ProblemError, Rank
+from syncaccum.layer import native
 
 _VARIABLE = "GLOO_SOCKET_IFNAME"
 
@@ -24,7 +25,7 @@ def gather_facts(us: Rank) -> None:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         us.network = f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
     us.python, us.torch, us.syncaccum = platform.python_version(), str(torch.__version__), syncaccum.__version__
-    us.gpus, us.cuda = torch.cuda.device_count(), torch.version.cuda or ""
+    us.gpus, us.cuda, us.cpu = torch.cuda.device_count(), torch.version.cuda or "", native.which()
     if us.gpus:
         us.nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     if us.launcher == "mpi":

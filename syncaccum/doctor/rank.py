@@ -49,6 +49,7 @@ class Rank:
     cuda: str = ""
     nccl: str = ""
     mpi: str = ""
+    cpu: str = ""
     commit_errors: dict[str, float] = field(default_factory=dict)
     layers: dict[str, int] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)

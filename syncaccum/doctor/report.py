@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from syncaccum.doctor.measurement import TOLERANCE
 from syncaccum.doctor.rank import Finding, Rank, name_ranks, sort_findings
 
-_COLUMNS = ("rank", "host", "address", "interface", "gpus", "python", "torch", "cuda", "nccl", "mpi", "syncaccum")
+_COLUMNS = "rank", "host", "address", "interface", "gpus", "python", "torch", "cuda", "nccl", "mpi", "syncaccum", "cpu"
 
 
 @dataclass

@@ -138,7 +138,7 @@ def measure_compiled(x: Tensor, norm: native.Vectors | None, weight: Tensor | No
     """
     found, output = native.measure(x, norm, weight, bias)
     channels = x.shape[1]
-    packed, mean, variance = torch.split(found, [1 + 2 * channels, channels, channels])
+    packed, mean, variance = torch.split_with_sizes(found, [1 + 2 * channels, channels, channels])
     return Measured(x, None, x.numel() // channels, mean, variance, packed, output)
 
 

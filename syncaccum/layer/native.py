@@ -73,19 +73,16 @@ def which() -> str:
 
 def takes(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the compiled passes take a dense tensor, and what comes with it: plain ones, in CPU memory."""
-    return (
-        _library is not None
-        and _is_plain(x)
-        and all(other is None or _is_plain(other) for other in others)
-        # An empty one has no first value to measure from.
-        and x.numel() > 0
-        and not is_watched()
-    )
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    # A negative view has the other sign in memory.
-    return type(tensor) in _PLAIN and tensor.is_cpu and tensor.dtype in _DTYPES and not tensor.is_neg()
+    if _library is None or is_watched():
+        return False
+    for tensor in (x, *others):
+        # A negative view has the other sign in memory.
+        if tensor is not None and not (
+            type(tensor) in _PLAIN and tensor.is_cpu and tensor.dtype in _DTYPES and not tensor.is_neg()
+        ):
+            return False
+    # An empty one has no first value to measure from.
+    return x.numel() > 0
 
 
 def measure(
@@ -191,7 +188,9 @@ def _geometry(x: Tensor) -> tuple[c_void_p, int, int, int, int]:
 
 
 def _wide(vector: Tensor | None, channels: int) -> Tensor | None:
-    return None if vector is None else _checked(vector.to(torch.float64), channels)
+    if vector is not None and vector.dtype is not torch.float64:
+        vector = vector.to(torch.float64)
+    return _checked(vector, channels)
 
 
 def _checked(vector: Tensor | None, channels: int) -> Tensor | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from syncaccum.layer import native
-from syncaccum.layer.compose import compose, intercept
+from syncaccum.layer.compose import compose, composed_gradients, intercept
 from syncaccum.layer.measure import Measured, measure, measure_compiled
 from syncaccum.layer.memory_order import (
     as_passes,
@@ -191,8 +191,9 @@ def normalize(
         # Transforms of torch.func differentiate them in their own ways.
         return compose(x, weight, bias, policy)
     with torch.no_grad():
-        known = known_before(policy) if native.takes(x, weight, bias) else None
-        measured = measure(x) if known is None else measure_compiled(x, known, weight, bias)
+        is_compiled = native.takes(x, weight, bias)
+        known = known_before(policy) if is_compiled else None
+        measured = measure_compiled(x, known, weight, bias) if is_compiled else measure(x)
         norm = policy.normalizer(measured.n, measured.mean, measured.variance) if known is None else known
         sums = measured.sums()
     (y,) = _apply_normalize(norm, [measured], weight, bias, balance, policy, x)
@@ -243,7 +244,7 @@ class _Normalize(torch.autograd.Function):
         _, _, needs_weight, needs_bias, _, _, *needs_x = ctx.needs_input_grad
         # create_graph=True: the gradient itself needs a graph.
         if torch.is_grad_enabled():
-            return _composed_gradients(ctx, *dys)  # type: ignore[no-untyped-call]
+            return composed_gradients(ctx, *dys)  # type: ignore[no-untyped-call]
         pairs = [(match_order(dy, x), x) for dy, x in zip(dys, xs, strict=True)]
         dweight: Tensor | None
         dbias: Tensor | None
@@ -274,17 +275,3 @@ def _add_sums(each: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         return each[0]
     first, second = (torch.stack(s).sum(0, dtype=torch.float64) for s in zip(*each, strict=True))
     return first, second
-
-
-def _composed_gradients(ctx, dy, *others):  # type: ignore[no-untyped-def]
-    """Gradients that can be differentiated again (``create_graph=True``)."""
-    if ctx.policy is None:
-        raise RuntimeError("lockstep does not support create_graph=True: take gradients of gradients without it")
-    weight, bias, x = ctx.saved_tensors
-    _, _, needs_weight, needs_bias, _, _, needs_x = ctx.needs_input_grad
-    needed = (needs_weight, needs_bias, needs_x)
-    y, _ = compose(x, weight, bias, ctx.policy)
-    inputs = [tensor for tensor, wanted in zip((weight, bias, x), needed, strict=True) if wanted]
-    gradients = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
-    dweight, dbias, dx = (next(gradients) if wanted else None for wanted in needed)
-    return None, None, dweight, dbias, None, None, dx

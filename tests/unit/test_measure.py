@@ -12,6 +12,8 @@ from syncaccum import SyncAccumBatchNorm
 from syncaccum.layer.measure import channel_origin, measure, merge
 from tests.oracle import reference
 
+pytestmark = pytest.mark.usefixtures("both_passes")
+
 # What nn.BatchNorm in float64 gives, to this relative error: some roundings of float32, 6e-8 each.
 RTOL = 1e-6
 

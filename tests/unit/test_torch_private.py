@@ -272,3 +272,20 @@ def test_ddp_sorts_its_buckets_once_after_a_backward(group: None) -> None:
     torch_private.rebuild_buckets(ddp)
     # There is nothing left for its next forward to do.
     assert not ddp.reducer._rebuild_buckets()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_modes_and_traces_watch_each_operator() -> None:
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(torch_private.is_watched())
+        return x
+
+    x = torch.ones(1)
+    look(x)
+    with TorchDispatchMode():
+        look(x)
+    torch.jit.trace(look, torch.ones(1), check_trace=False)
+    assert seen == [False, True, True]
+    assert not torch_private.is_watched()

@@ -7,6 +7,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -23,6 +25,11 @@ constexpr int64_t kMostTasks = 256;
 constexpr int64_t kFewestLines = 32;
 // Columns of few channels: neighbouring values side by side, as if they were channels, fill the vector registers.
 constexpr int64_t kWidth = 64;
+// Rows: where channels are many and small, a task is a whole one. Its gradient then follows while it is in the cache.
+constexpr int64_t kManyChannels = 64;
+constexpr int64_t kCachedBytes = 1 << 20;
+// Rows: so many sums stay in the vector registers.
+constexpr int64_t kLanes = 32;
 
 // --- The four dtypes. Arithmetic is in float, or double for double; sums are double for all.
 
@@ -154,35 +161,38 @@ template <class T>
 class Rows {
  public:
   explicit Rows(const Data<T>& data) : d_(data) {
-    const int64_t groups = std::clamp<int64_t>(d_.count() / kTask, 1, d_.outer);
+    const int64_t bytes = 2 * d_.count() * static_cast<int64_t>(sizeof(T));
+    is_whole_ = d_.channels >= kManyChannels && bytes <= kCachedBytes;
+    const int64_t groups = is_whole_ ? 1 : std::clamp<int64_t>(d_.count() / kTask, 1, d_.outer);
     rows_ = (d_.outer + groups - 1) / groups;
     groups_ = (d_.outer + rows_ - 1) / rows_;
-    pieces_ = std::max<int64_t>(1, d_.inner / kTask);
+    pieces_ = is_whole_ ? 1 : std::max<int64_t>(1, d_.inner / kTask);
     length_ = (d_.inner + pieces_ - 1) / pieces_;
   }
 
   int64_t tasks() const { return groups_ * pieces_ * d_.channels; }
   int64_t task_size() const { return rows_ * length_; }
   int64_t sums_per_task() const { return 2; }
+  bool is_whole() const { return is_whole_; }
   int64_t width() const { return d_.channels; }
 
   template <bool kBackward>
   void add(int64_t task, const double* centers, double* sums) const {
-    double first = 0, second = 0, third = 0, fourth = 0;
     const double c = centers[task % d_.channels];
+    // Sums side by side, over all strips: an addition need not wait for the one before.
+    double first[kLanes] = {}, second[kLanes] = {};
     each_strip(task, [&](int64_t start, int64_t length) {
       const T *dy = d_.dy + start, *x = d_.x + start;
-      const int64_t half = length / 2;
-      // Two pairs of sums: an addition need not wait for the one before.
-#pragma omp simd reduction(+ : first, second, third, fourth)
-      for (int64_t i = 0; i < half; ++i) {
-        add_terms<kBackward>(dy, x, i, c, first, second);
-        add_terms<kBackward>(dy, x, half + i, c, third, fourth);
-      }
-      if (length % 2) add_terms<kBackward>(dy, x, length - 1, c, first, second);
+      int64_t i = 0;
+      for (; i + kLanes <= length; i += kLanes)
+#pragma omp simd
+        for (int64_t lane = 0; lane < kLanes; ++lane)
+          add_terms<kBackward>(dy, x, i + lane, c, first[lane], second[lane]);
+      for (int64_t lane = 0; i + lane < length; ++lane)
+        add_terms<kBackward>(dy, x, i + lane, c, first[lane], second[lane]);
     });
-    sums[0] = first + third;
-    sums[1] = second + fourth;
+    sums[0] = std::accumulate(first, first + kLanes, 0.0);
+    sums[1] = std::accumulate(second, second + kLanes, 0.0);
   }
 
   void finish(const double* partial, double* first, double* second) const {
@@ -219,6 +229,7 @@ class Rows {
   }
 
   Data<T> d_;
+  bool is_whole_;
   int64_t rows_, groups_, pieces_, length_;
 };
 
@@ -240,6 +251,7 @@ class Columns {
   int64_t tasks() const { return tasks_; }
   int64_t task_size() const { return lines_ * width_; }
   int64_t sums_per_task() const { return 2 * width_; }
+  bool is_whole() const { return false; }
   int64_t width() const { return width_; }
 
   template <bool kBackward>
@@ -353,6 +365,17 @@ void store(void* data, int32_t dtype, int64_t i, double value) {
 
 double value_or(const double* vector, int64_t i, double otherwise) { return vector ? vector[i] : otherwise; }
 
+// What to subtract from a channel: the median of its first, its middle and its last value. No value is further from
+// the mean than sqrt(n) deviations, so that double loses n times 1e-16 of the variance at most, however large the mean
+// is; a median of three mostly loses nothing.
+template <class T>
+double choose_origin(const T* x, int64_t channel, int64_t outer, int64_t channels, int64_t inner) {
+  auto value = [&](int64_t n, int64_t i) -> double { return widen(x[(n * channels + channel) * inner + i]); };
+  const double first = value(0, 0), middle = value(outer / 2, inner / 2), last = value(outer - 1, inner - 1);
+  const double median = std::max(std::min(first, middle), std::min(std::max(first, middle), last));
+  return std::isfinite(median) ? median : 0;
+}
+
 // [n, sum, sum of squares, mean, population variance] from the sums of x - origin.
 void pack_moments(int64_t count, int64_t channels, const double* origin, const double* first, const double* second,
                   double* moments) {
@@ -383,12 +406,7 @@ void syncaccum_forward(ParallelFor parallel_for, int32_t dtype, int64_t outer, i
     const T* x = static_cast<const T*>(x_);
     with_order(Data<T>{outer, channels, inner, x, x, static_cast<T*>(y_)}, [&](const auto& order) {
       std::vector<double> origin(moments ? channels : 0), partial(moments ? order.tasks() * order.sums_per_task() : 0);
-      // A value of its own: no value is further from the mean than sqrt(n) deviations, so that double loses
-      // n times 1e-16 of the variance at most, however large the mean is.
-      for (size_t c = 0; c < origin.size(); ++c) {
-        const double value = widen(x[c * inner]);
-        origin[c] = std::isfinite(value) ? value : 0;
-      }
+      for (size_t c = 0; c < origin.size(); ++c) origin[c] = choose_origin(x, c, outer, channels, inner);
       const auto origins = moments ? spread(order, origin.data(), channels) : origin;
       Coefficients<Wide<T>> by(y_ ? order.width() : 0);
       if (y_) {
@@ -428,18 +446,29 @@ void syncaccum_backward(ParallelFor parallel_for, int32_t dtype, int64_t outer, 
     with_order(data, [&](const auto& order) {
       double *first = sums, *second = sums + channels;
       Coefficients<Wide<T>> by(order.width());
+      const Vector weight{weight_, weight_dtype};
+      auto set_coefficient = [&](int64_t i) {
+        const int64_t c = i % channels;
+        const double a = scale[c] * value_or(gain, c, 1) * weight.at(c, 1);
+        const double pull = feedback ? -a * feedback[c * feedback_stride] : 0;
+        by.set(i, a, feedback ? pull * scale[c] * second[c] : 0, center[c], feedback ? pull * first[c] : 0);
+      };
       auto set_coefficients = [&] {
-        const Vector weight{weight_, weight_dtype};
-        for (int64_t i = 0; i < order.width(); ++i) {
-          const int64_t c = i % channels;
-          const double a = scale[c] * value_or(gain, c, 1) * weight.at(c, 1);
-          const double pull = feedback ? -a * feedback[c * feedback_stride] : 0;
-          by.set(i, a, feedback ? pull * scale[c] * second[c] : 0, center[c], feedback ? pull * first[c] : 0);
-        }
+        for (int64_t i = 0; i < order.width(); ++i) set_coefficient(i);
       };
       const bool at_once = dx_ && !feedback;
+      const bool by_channel = dx_ && feedback && !sums_known && order.is_whole();
       if (at_once) set_coefficients();
-      if (!sums_known) {
+      if (by_channel) {
+        run(parallel_for, order, [&](int64_t c) {
+          double sums_of_channel[2];
+          order.template add<true>(c, center, sums_of_channel);
+          first[c] = sums_of_channel[0];
+          second[c] = sums_of_channel[1] * scale[c];
+          set_coefficient(c);
+          order.template apply<kGradient>(c, by);
+        });
+      } else if (!sums_known) {
         const auto centers = spread(order, center, channels);
         std::vector<double> partial(order.tasks() * order.sums_per_task());
         run(parallel_for, order, [&](int64_t task) {
@@ -455,7 +484,7 @@ void syncaccum_backward(ParallelFor parallel_for, int32_t dtype, int64_t outer, 
         store(dweight, dweight_dtype, c, second[c] * value_or(gain, c, 1) + first[c] * value_or(offset, c, 0));
         store(dbias, dbias_dtype, c, first[c]);
       }
-      if (dx_ && feedback) {
+      if (dx_ && feedback && !by_channel) {
         set_coefficients();
         run(parallel_for, order, [&](int64_t task) { order.template apply<kGradient>(task, by); });
       }
