@@ -354,10 +354,10 @@ def test_a_step_in_bfloat16_commits_its_window(mode: Any) -> None:
     model = Averaged().float()
     callback = SyncAccumCallback(mode=mode, micro_batch=None if mode == "accumulate" else 2)
     settings = {"accumulate_grad_batches": WINDOW, "max_steps": 1} if mode == "accumulate" else {"max_steps": 1}
-    settings = {"accumulate_grad_batches": 1, "precision": "bf16-mixed", **settings}
+    settings = {"accumulate_grad_batches": 1, **settings}
     size = SIZE if mode == "accumulate" else WINDOW * SIZE
     data = TensorDataset(make_data().float())
-    make_trainer(callback, **settings).fit(model, DataLoader(data, size))
+    make_trainer(callback, precision="bf16-mixed", **settings).fit(model, DataLoader(data, size))
     seen = model.seen[-WINDOW if mode == "accumulate" else -6 :]
     assert {x.dtype for x in seen} == {torch.bfloat16}
     assert sum(len(x) for x in seen) == WINDOW * SIZE
