@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,3 +35,18 @@ def compose(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Polic
 def intercept(center: Tensor, slope: Tensor, shift: Tensor | None) -> Tensor:
     """b of a x + b = (x - center) a + shift."""
     return -center * slope if shift is None else torch.addcmul(shift, center, slope, value=-1)
+
+
+def differentiable_gradients(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    policy: Policy,
+    needed: Sequence[bool],
+    dy: Tensor,
+) -> list[Tensor | None]:
+    """The gradients of x, weight and bias that are needed, such that they can be differentiated again."""
+    y, _ = compose(x, weight, bias, policy)
+    inputs = [tensor for tensor, wanted in zip((x, weight, bias), needed, strict=True) if wanted]
+    found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
+    return [next(found) if wanted else None for wanted in needed]
