@@ -96,7 +96,7 @@ class Moments:
         return (self.total_sq / self.count - self.mean.square()).clamp_min(0)
 
 
-def pack_statistics(n: int, mean: Tensor, variance: Tensor) -> Tensor:
+def pack_statistics(n: Tensor | float, mean: Tensor, variance: Tensor) -> Tensor:
     """Packed :class:`Moments` of n values per channel, from their float64 mean and population variance."""
     # S1 = n m, and S2 = n (v + m^2).
     # In this order: it costs three operations, one less than pack().

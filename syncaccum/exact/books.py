@@ -3,16 +3,14 @@ r"""Who has paid what: balanced feedback over the micro-batches of a window, on 
 nn.BatchNorm's gradient needs the sums of dy and :math:`dy\,\hat x` over the whole window. A micro-batch's backward has
 those of the micro-batches so far, and `balance` says what each value pays then. With several ranks, a micro-batch of
 each is a *round*. After it the ranks add up their sums, in one message for all layers. Within a round a rank knows its
-own only. For the others' it takes the last window's mean, and a share of its own:
+own only. For the others' it takes a share of its own:
 
 .. math::
-    w = \frac{i}{i + 2} \cdot \frac{1}{\mathrm{left}}, \qquad
-    T = G + S + n_o \Bigl(w \frac{S}{n} + (1 - w) P\Bigr) + (N - \mathrm{done} - n - n_o)\,P
+    w = \frac{i}{i + 2} \cdot \frac{1}{\mathrm{left}}, \qquad T = G + S + n_o\,w \frac{S}{n}
 
 S are its sums, of n values from i samples; G those of all rounds before; :math:`n_o` the others' values in this round;
-P the last window's means; left the rounds to come, with this one. Before the last round nothing need be settled. So w
-is small there: a rank's own sums go with its own values, which shrinks the gradient. In the last round what is not
-settled is lost.
+left the rounds to come, with this one. Before the last round nothing need be settled. So w is small there: a rank's
+own sums go with its own values, which shrinks the gradient. In the last round what is not settled is lost.
 """
 
 from __future__ import annotations
@@ -34,15 +32,13 @@ class Account:
     Args:
         visit: of the first pass.
         total: N, values per channel of all ranks.
-        expected: P, if a window before knew it.
     """
 
-    def __init__(self, visit: KnownVisit, total: float, expected: Tensor | None) -> None:
+    def __init__(self, visit: KnownVisit, total: float) -> None:
         center = visit.norm.center
         self._counts = visit.counts
         self._total = total
         self._mine = float(sum(visit.counts))
-        self._expected = expected
         self._applied = torch.zeros(2 * center.numel(), dtype=torch.float64, device=center.device)
         self._everyones = torch.zeros_like(self._applied)
         self._done = 0.0
@@ -64,18 +60,12 @@ class Account:
         return first, second
 
     def _owed(self, n: float, samples: int, left: int) -> Tensor:
-        """T, what the whole window will owe as far as it is known here."""
-        known = self._everyones + self._mine_now
-        to_come = max(self._total - self._done - n, 0.0)
-        expected = known / (self._done + n) if self._expected is None else self._expected
-        # What is left of them, in equal rounds.
+        """T, what the whole window owes as far as it is known here."""
+        # What is left of the others, in equal rounds.
         theirs = (self._total - self._done) - (self._mine - self._done_here)
-        others = min(max(theirs, 0.0) / left, to_come)
-        if others:
-            own = samples / (samples + _OWN) / left
-            known.add_(self._mine_now, alpha=others * own / n)
-            to_come -= others * own
-        return known.add_(expected, alpha=to_come)
+        others = min(max(theirs, 0.0) / left, max(self._total - self._done - n, 0.0))
+        own = samples / (samples + _OWN) / left
+        return torch.add(self._everyones, self._mine_now, alpha=1 + others * own / n)
 
     def packed(self, index: int | None) -> Tensor:
         """This rank's part of a round: its values and its sums; of none, where it sits the round out."""
@@ -96,8 +86,3 @@ class Account:
     def size(self) -> int:
         """How many numbers its part of a round is."""
         return 1 + self._mine_now.numel()
-
-    @property
-    def mean(self) -> Tensor:
-        """The window's means of dy and dy x_hat, at its end; 0 where one is not finite, after an overflow."""
-        return (self._everyones / max(self._total, 1.0)).nan_to_num(0.0, 0.0, 0.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -16,9 +15,6 @@ from syncaccum.exact.known import KnownVisit
 from syncaccum.layer.samples import distance
 from syncaccum.layer.state import Accumulating
 from syncaccum.torch_private import runs_in_backward
-
-_means: weakref.WeakKeyDictionary[Accumulating, list[Tensor]] = weakref.WeakKeyDictionary()
-"""By layer, the last window's means of dy and dy x_hat at each visit: what the next one expects."""
 
 
 class SecondPass:
@@ -36,10 +32,7 @@ class SecondPass:
         self._visits = visits
         self._count = count
         totals = torch.stack([visit.total for visit in visits]).tolist() if visits else []
-        self._accounts = [
-            Account(visit, total, expected)
-            for visit, total, expected in zip(visits, totals, _expected_at(visits), strict=True)
-        ]
+        self._accounts = [Account(visit, total) for visit, total in zip(visits, totals, strict=True)]
         groups: dict[Exchange, list[Account]] = {}
         for visit, account in zip(visits, self._accounts, strict=True):
             groups.setdefault(exchange_of(visit.layer), []).append(account)
@@ -48,7 +41,6 @@ class SecondPass:
         """Of the micro-batch that runs."""
         self._position = 0
         self._wanted = self._walked = 0
-        self._is_walked = False
         self._drift = [visit.total.new_zeros(()) for visit in visits]
 
     def begin(self, index: int) -> None:
@@ -91,17 +83,17 @@ class SecondPass:
         return self.is_last and (not self._wanted or self._walked > 0)
 
     def end(self) -> None:
-        """All are walked. Collective where there are peers."""
-        for rounds in self._rounds:
-            rounds.end(self.index)
-        self._check_drift()
-        # A window without gradients says nothing of the next one's.
-        if not self._is_walked:
-            return
-        by_layer: dict[Accumulating, list[Tensor]] = {}
-        for visit, account in zip(self._visits, self._accounts, strict=True):
-            by_layer.setdefault(visit.layer, []).append(account.mean)
-        _means.update(by_layer)
+        """All are walked. Collective where there are peers: all raise where values of any were others."""
+        far = self._find_drifted()
+        elsewhere = [rank for rounds in self._rounds for rank in rounds.end(far is not None)]
+        if far is not None or elsewhere:
+            where = "on this rank" if far is not None else f"on rank {elsewhere[0]}"
+            layer = "its layers" if far is None else f"layer {far.name}"
+            raise LockstepError(
+                f"lookahead: values at {layer} were not those of the first pass, {where}: {_SAME}. It may draw random "
+                "numbers from a generator that is not torch's, Python's, NumPy's, or an attribute of a module. "
+                "Gradients are wrong: zero_grad(), and do not step"
+            )
 
     def begin_reduction(self) -> None:
         """The last backward is next, in which DistributedDataParallel communicates. Collective: all came so far."""
@@ -126,7 +118,6 @@ class SecondPass:
 
         def pay(sums: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             self._walked += 1
-            self._is_walked = True
             return account.pay(index, samples, self._count - index, sums)
 
         y = visit.normalize(x, weight, bias, pay)
@@ -161,34 +152,16 @@ class SecondPass:
         self._drift[number] = torch.maximum(self._drift[number], distances.min())
         return number
 
-    def _check_drift(self) -> None:
+    def _find_drifted(self) -> KnownVisit | None:
+        """The first visit whose values were others than in the first pass."""
         if not self._visits:
-            return
+            return None
         # Not `<= 1`: NaN came of NaN in both passes.
         far = (torch.stack([drift.cpu() for drift in self._drift]) > 1).tolist()
-        if any(far):
-            raise LockstepError(
-                f"lookahead: values at layer {self._visits[far.index(True)].name} were not those of the first pass: "
-                f"{_SAME}. It may draw random numbers from a generator that is not torch's, Python's, NumPy's, or an "
-                "attribute of a module. Gradients are wrong: zero_grad(), and do not step"
-            )
+        return self._visits[far.index(True)] if any(far) else None
 
 
 _SAME = "forward must do the same in both passes, for the same micro-batch"
-
-
-def _expected_at(visits: Sequence[KnownVisit]) -> list[Tensor | None]:
-    """By visit, what the last window's means were there."""
-    seen: dict[Accumulating, int] = {}
-    expected: list[Tensor | None] = []
-    for visit in visits:
-        number = seen.get(visit.layer, 0)
-        seen[visit.layer] = number + 1
-        means = _means.get(visit.layer, [])
-        center = visit.norm.center
-        fits = number < len(means) and means[number].numel() == 2 * center.numel()
-        expected.append(means[number].to(center.device) if fits else None)
-    return expected
 
 
 class Rounds:
@@ -224,11 +197,12 @@ class Rounds:
         if not self._exchange.is_alone:
             self._exchange.gather_numbers("last backward", index)
 
-    def end(self, index: int) -> None:
-        """The last round. Collective."""
-        self.start(index)
-        self.finish()
+    def end(self, has_drifted: bool) -> list[int]:
+        """The ranks whose values were others than in the first pass. Collective. Nobody needs the last sums."""
         self._is_over = True
+        if self._exchange.is_alone:
+            return []
+        return [rank for rank, number in enumerate(self._exchange.gather_numbers("end", has_drifted)) if number]
 
     def _start(self, number: int, index: int | None) -> None:
         values = torch.cat([account.packed(index) for account in self._accounts])

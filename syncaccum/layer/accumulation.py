@@ -62,14 +62,14 @@ class Accumulation:
         """Have a ledger of the window's width under policy "window", and none under others."""
         if self.normalization != "window":
             self.ledger = None
-        elif self.ledger is None or self.ledger.last.numel() != self.window.numel():
+        elif self.ledger is None or self.ledger.prior.numel() != self.window.numel():
             self.ledger = Ledger.like(self.window)
 
     def drop(self) -> None:
         """Forget the open window."""
         self.window.zero_()
         if self.ledger is not None:
-            self.ledger.counts.copy_(self.ledger.counts_after_discard())
+            self.ledger.discard()
         vars(self).update(NEW_WINDOW)
 
     def replace_statistics(self, *, is_committed: bool) -> None:

@@ -2,15 +2,17 @@ r"""Balanced feedback: what a window's backward owes is spread over the micro-ba
 
 nn.BatchNorm's gradient is :math:`\gamma s (dy - A - \hat x B)`, with A and B means of dy and :math:`dy\,\hat x` over
 the whole batch. A micro-batch whose backward runs alone cannot know them. Its own means are noise, and without any
-feedback training diverges. So each value pays what is owed as far as it is known, divided by the values that can still
-pay. In total the window gets the feedback that it owes.
+feedback training diverges. So each value pays what is owed so far, divided by the values that can still pay. In total
+the window gets the feedback that it owes.
+
+What the micro-batches to come will owe is taken for nothing: the last window's means, which one might expect of them,
+change their sign from window to window, and make the gradient worse.
 
 This file is arithmetic on sums per channel. It knows no layers, no data and no ranks.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 # The last micro-batches would pay all that is left, however few they are.
@@ -19,23 +21,16 @@ _FLOOR = 0.1
 """The values that pay are taken for no fewer than this share of the window."""
 
 
-def feedback_per_value(debt: Tensor, expected: Tensor, n: float, done: float, total: float) -> Tensor:
-    r"""A and B for a micro-batch of ``n`` values.
+def spread(debt: Tensor, n: float, done: float, total: float, least: float = 0.0) -> Tensor:
+    r"""A and B: what each of ``n`` values pays, where those from ``done`` to ``total`` are to pay all of the debt.
 
-    .. math:: \frac{\mathrm{debt} + (N - \mathrm{done} - n)\,P}{\max(N - \mathrm{done},\; 0.1\,N)}
+    .. math:: \frac{\mathrm{debt}}{\max(N - \mathrm{done},\; 0.1\,N,\; \mathrm{least},\; n)}
 
     Args:
         debt: the sums of dy and :math:`dy\,\hat x` over the micro-batches up to and including this one, less what
             they have paid; per channel.
-        expected: P, what the mean of each will be in the micro-batches to come.
         n, done, total: values per channel in this micro-batch, in those before it, and N of the whole window.
+        least: the values that pay are taken for no fewer than so many.
     """
-    # A window may be longer than expected: nothing is to come then.
-    to_come = max(total - done - n, 0.0)
-    return spread(torch.add(debt, expected, alpha=to_come), n, done, total)
-
-
-def spread(debt: Tensor, n: float, done: float, total: float) -> Tensor:
-    """What each of n values pays, where those from ``done`` to ``total`` are to pay all of the debt."""
     # n: all of it, where a window is longer than expected.
-    return debt / max(total - done, _FLOOR * total, n)
+    return debt / max(total - done, _FLOOR * total, least, n)

@@ -20,9 +20,8 @@ def find_recipe(policy: Policy, x: Tensor) -> native.Recipe | None:
     count = x.numel() // x.shape[1]
     if isinstance(policy, Batch):
         return native.Recipe(native.BATCH, 1 / count, policy.eps)
-    if isinstance(policy, Renorm) and policy.untrained is None:
-        eps, mean, variance, _, *settings = policy
-        return native.Recipe(native.RENORM, 1 / (count + policy.prior_count), eps, mean, variance, *settings)
+    if isinstance(policy, Renorm):
+        return native.Recipe(native.RENORM, 1 / (count + policy.prior_count), *policy)
     return None
 
 

@@ -15,6 +15,16 @@ from syncaccum.moments import pack_statistics
 def compose(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Policy) -> tuple[Tensor, Tensor]:
     """What `passes.normalize` returns."""
     n = x.numel() // x.shape[1]
+    shifted, origin, mean, variance = measure_composed(x)
+    norm = policy.normalizer(n, mean, variance)
+    slope = norm.slope(weight)
+    constant = intercept(norm.center - origin, slope, norm.shift(weight, bias))
+    y = shifted * per_channel(slope.to(shifted.dtype), x) + per_channel(constant.to(shifted.dtype), x)
+    return y.to(x.dtype), pack_statistics(n, mean.detach(), variance.detach())
+
+
+def measure_composed(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x less an origin, the origin, and the mean and variance of x."""
     dims = [d for d in range(x.dim()) if d != 1]
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     origin = values.detach().mean(dims)
@@ -24,12 +34,7 @@ def compose(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Polic
     centered = shifted - per_channel(mean_of_shifted, x)
     variance = centered.square().mean(dims).to(torch.float64)
     origin = origin.to(torch.float64)
-    mean = origin + mean_of_shifted
-    norm = policy.normalizer(n, mean, variance)
-    slope = norm.slope(weight)
-    constant = intercept(norm.center - origin, slope, norm.shift(weight, bias))
-    y = shifted * per_channel(slope.to(shifted.dtype), x) + per_channel(constant.to(shifted.dtype), x)
-    return y.to(x.dtype), pack_statistics(n, mean.detach(), variance.detach())
+    return shifted, origin, origin + mean_of_shifted, variance
 
 
 def intercept(center: Tensor, slope: Tensor, shift: Tensor | None) -> Tensor:
@@ -50,3 +55,31 @@ def differentiable_gradients(
     inputs = [tensor for tensor, wanted in zip((x, weight, bias), needed, strict=True) if wanted]
     found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
     return [next(found) if wanted else None for wanted in needed]
+
+
+def composed_gradients(ctx, dy, *others):  # type: ignore[no-untyped-def]
+    """Gradients of `passes` that can be differentiated again (``create_graph=True``)."""
+    if ctx.policy is None:
+        raise RuntimeError("lockstep does not support create_graph=True: take gradients of gradients without it")
+    if ctx.reduce_sums is not None:
+        return _balanced_gradients(ctx, dy)  # type: ignore[no-untyped-call]
+    weight, bias, x = ctx.saved_tensors
+    _, _, needs_weight, needs_bias, _, _, needs_x = ctx.needs_input_grad
+    needed = (needs_x, needs_weight, needs_bias)
+    dx, dweight, dbias = differentiable_gradients(x, weight, bias, ctx.policy, needed, dy)
+    return None, None, dweight, dbias, None, None, dx
+
+
+def _balanced_gradients(ctx, dy):  # type: ignore[no-untyped-def]
+    """Those of policy "window", differentiable in dy, x and weight. Statistics, A and B are constants."""
+    weight, bias, x = ctx.saved_tensors
+    dims = [d for d in range(x.dim()) if d != 1]
+    norm = ctx.norm
+    dy_wide = dy.to(norm.center.dtype)
+    x_hat = (x.to(norm.center.dtype) - per_channel(norm.center, x)) * per_channel(norm.scale, x)
+    dbias, dweight = dy_wide.sum(dims), (dy_wide * x_hat).sum(dims)
+    a, b = (per_channel(s.to(x_hat.dtype), x) for s in ctx.reduce_sums((dbias.detach(), dweight.detach())))
+    dx = (dy_wide - a - x_hat * b) * per_channel(norm.slope(weight), x)
+    dweight = None if weight is None else dweight.to(weight.dtype)
+    dbias = None if bias is None else dbias.to(bias.dtype)
+    return None, None, dweight, dbias, None, None, dx.to(x.dtype)

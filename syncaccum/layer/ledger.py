@@ -1,158 +1,234 @@
-"""What a layer under policy "window" keeps besides its window: the last one's statistics, and what this one owes.
-
-Vectors are float64 and of length C. Counters are on the CPU, so that nothing waits for a GPU to read them.
-"""
+"""What a layer under policy "window" keeps besides its window: the statistics that it starts with, and what it owes."""
 
 from __future__ import annotations
 
+import itertools
 import threading
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from syncaccum.layer.balance import feedback_per_value
+from syncaccum.layer.balance import spread
 from syncaccum.layer.following import follow
-from syncaccum.torch_private import copy_all
+from syncaccum.layer.replay import Record, Records
 
-# Where in `Ledger.counts` what is.
-_EXPECTED, _DONE, _OF, _WINDOW, _KNOWN = range(5)
+PACKED = ("last", "owed", "squares", "counts")
+"""The parts of a ledger in a checkpoint."""
+
+# At 1 sample each, the last ones of a window pay the noise of all.
+_LEAST = 4
+"""The values that pay are taken for no fewer than those of so many samples."""
+
+_ledgers: weakref.WeakValueDictionary[int, Ledger] = weakref.WeakValueDictionary()
+_keys = itertools.count()
+
+_books = threading.Lock()
+"""Backward walks may run in several threads: those of several devices, or of DataParallel's replicas."""
 
 
-class Record(NamedTuple):
-    """A forward that a checkpoint may run again, when the window has moved on."""
-
-    number: float
-    """Of its window."""
-    sample: Tensor
-    """A few of its values, to know it again by."""
-    others: Tensor
+def ledger_of(key: Tensor) -> Ledger:
+    """The ledger with this key: operators of compiled code take tensors alone."""
+    return _ledgers[int(key)]
 
 
 @dataclass(eq=False)
 class Ledger:
-    """The books of a layer under policy "window". A window's books are closed by the first backward after it."""
+    """The windows before, and the books of balanced feedback. Vectors are float64.
 
-    last: Tensor
-    """Packed moments of the last window's global batch, as if it had been one value."""
-    sums: Tensor
-    """Rows of 2C: what is owed, what was seen, and P of `feedback_per_value`; each for dy and for dy*x_hat."""
-    counts: Tensor
-    """On the CPU. Values per channel: expected in a window, and done in that of the books. Then the number of the
-    books' window, the number of the open one, and 1 if ``last`` is known."""
-    records: list[Record] = field(default_factory=list)
-    """What forwards under a checkpoint were normalised with, for their second run."""
+    A window has a number; so a backward knows whether its own is still open. The first backward in a window closes the
+    books of the one before.
+    """
+
+    prior: Tensor
+    """Packed moments of the windows before, counted for as many samples as they are worth, see `prior`."""
+    owed: Tensor
+    """Sums of dy and dy*x_hat: what the window owes. In a first window, nothing is taken off for what was paid."""
+    squares: Tensor
+    """Sum of i m^2 over the open window's micro-batches, of i samples and mean m each."""
+    knows_prior: bool = False
+    samples: float = 0.0
+    """In the open window."""
+    micro_batches: float = 0.0
+    """In the open window."""
+    expected: float = 0.0
+    """How many values per channel the last window saw in its backward walks; 0 if there was none."""
+    done: float = 0.0
+    """The same of the window of the books."""
+    number: int = 0
+    """Of the open window."""
+    booked: int = 0
+    """The number of the window of the books."""
+    key: Tensor = field(init=False)
+    """Finds this ledger from compiled code."""
+    records: Records = field(init=False)
+    """What forwards used that a checkpoint may run again."""
+    paid_at: dict[int, float] = field(init=False)
+    """By forward: what was done when it first paid. It may be walked backward again."""
+
+    def __post_init__(self) -> None:
+        self.records, self.paid_at = Records(), {}
+        number = next(_keys)
+        # A default device may be another one.
+        self.key = torch.tensor(number, device="cpu")
+        _ledgers[number] = self
 
     @classmethod
     def like(cls, window: Tensor) -> Ledger:
         """That of a layer which knows of no window before, for windows of this width."""
         # Tensors made in inference mode refuse to change later.
         with torch.inference_mode(False):
-            last = torch.zeros_like(window)
-            # A default device may be another one.
-            counts = torch.zeros(5, dtype=torch.float64, device="cpu")
-            return cls(last, last.new_zeros(3, window.numel() - 1), counts)
+            sums = window.new_zeros(window.numel() - 1)
+            return cls(torch.zeros_like(window), sums, sums.new_zeros(sums.numel() // 2))
 
-    @property
-    def window_number(self) -> float:
-        """The open window's."""
-        return self.counts[_WINDOW].item()
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has a key of its own, and no graphs.
+        return {name: value for name, value in vars(self).items() if name not in ("key", "records", "paid_at")}
 
-    @property
-    def knows_last(self) -> bool:
-        """Whether there was a window whose statistics are known."""
-        return self.counts[_KNOWN].item() != 0
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.__post_init__()
 
     def forget(self) -> None:
-        """Know of no window before. Graphs from before this must not find their window open: the number goes on."""
-        self.last.zero_()
-        self.sums.zero_()
-        self.records.clear()
-        number = self.window_number + 1
-        self.counts.copy_(self.counts.new_tensor([0, 0, number, number, 0]))
+        """Know of no window before."""
+        self.prior.zero_()
+        self.squares.zero_()
+        self._turn(torch.zeros_like(self.owed), expected=0.0, knows_prior=False)
 
-    def counts_after_discard(self) -> Tensor:
-        """What ``counts`` are when the open window was dropped: what was expected of it is expected of the next."""
-        expected, _, of, window, known = self.counts.tolist()
-        return self.counts.new_tensor([expected, 0, of, window + 1, known])
-
-    def counts_after_commit(self) -> Tensor:
-        """What ``counts`` are when the open window was committed, and ``last`` is known."""
-        expected, done, of, window, _ = self.counts.tolist()
-        return self.counts.new_tensor([expected, done, of, window + 1, 1])
-
-    def to_state(self) -> Tensor:
-        """All of it in one float64 tensor, for a checkpoint. The open window has number 0 there."""
-        expected, done, of, window, known = self.counts.tolist()
-        counts = self.last.new_tensor([expected, done, float(of == window), known])
-        return torch.cat([counts, self.last, self.sums.flatten()])
-
-    def last_to_state(self) -> Tensor:
-        """The part that is the same on all ranks."""
-        state = torch.zeros_like(self.to_state())
-        state[3] = self.counts[_KNOWN].item()
-        state[4 : 4 + self.last.numel()] = self.last
-        return state
-
-    def load_state(self, state: Tensor) -> None:
-        """Take up what `to_state` gave. Graphs from before this must not find their window open."""
-        expected, done, is_open, known = state[:4].tolist()
-        number = self.window_number + 1
-        self.counts.copy_(self.counts.new_tensor([expected, done, number if is_open else number - 1, number, known]))
-        end = 4 + self.last.numel()
-        self.last.copy_(state[4:end])
-        self.sums.copy_(state[end:].view_as(self.sums))
-        self.records.clear()
+    def discard(self) -> None:
+        """Drop what the open window owes and has seen. It is expected to be as long as it was expected to be."""
+        step_of_discard(self)()
 
     def follow(self, fn: Any) -> None:
         """Go where a layer goes, see `follow`."""
-        self.sums, last = follow(self.sums, fn), follow(self.last, fn)
-        # A last window has a count of 1. Without, its values were lost.
-        if last.is_meta or last[0] == 0:
-            self.counts[_KNOWN] = 0
-        self.last = last
+        self.owed, self.squares, prior = (follow(v, fn) for v in (self.owed, self.squares, self.prior))
+        # It is worth a sample at least. Without, its values were lost.
+        if prior.is_meta or prior[0] == 0:
+            self.knows_prior = False
+        self.prior = prior
+
+    def note(self, mean: Tensor, samples: int) -> None:
+        """A micro-batch goes into the window."""
+        mean = mean.to(self.squares.device)
+        with _books:
+            self.squares.addcmul_(mean, mean, value=samples)
+            self.samples += samples
+            self.micro_batches += 1
+
+    def pack(self) -> dict[str, Tensor]:
+        """All of it as additive sums, each as long as a window: those of several ranks may be added."""
+        self.settle()
+        zero = self.prior.new_zeros(())
+        last = self.prior / self.prior[0] if self.knows_prior else torch.zeros_like(self.prior)
+        owed = torch.cat((self.prior[:1], self.owed))
+        squares = torch.cat((zero[None] + self.samples, self.squares, torch.zeros_like(self.squares)))
+        counts = torch.zeros_like(last)
+        counts[:3] = counts.new_tensor([self.expected, self.done, self.micro_batches])
+        return dict(zip(PACKED, (last, owed, squares, counts), strict=True))
+
+    def unpack(self, state: Mapping[str, Tensor], ranks: int) -> None:
+        """Be as `pack` said; each of so many ranks takes an equal part of what they saw and owe together."""
+        last, owed, squares, counts = (state[name].detach().to(self.prior.device) for name in PACKED)
+        expected, done, micro_batches = (counts[:3] / ranks).tolist()
+        knew = last[0].clamp_min(1)
+        self.prior.copy_(last / knew * (owed[0] / knew))
+        self.squares.copy_(squares[1:].chunk(2)[0] / ranks)
+        self._turn(
+            owed[1:] / ranks,
+            expected=expected,
+            done=done,
+            samples=squares[0].item() / ranks,
+            micro_batches=micro_batches,
+            knows_prior=bool(last[0] > 0),
+        )
+
+    def recall(self, own: Tensor, name: str) -> Record:
+        """What the first forward of a micro-batch used, whose second one a checkpoint runs.
+
+        Raises:
+            RuntimeError: this window has had no such forward.
+        """
+        if (record := self.records.find(own, self.number)) is None:
+            raise RuntimeError(
+                f"torch.utils.checkpoint runs the forward of layer {name} again, but this window has had no such "
+                "forward: its window was committed or discarded since, or its data is not the same as the first time. "
+                'Call backward() before commit, or use normalization="batch"'
+            )
+        return record
+
+    def take_back(self, batch: Tensor, samples: int, of_sample: int, record: Record) -> Tensor:
+        """A and B, what each value takes back, for the sums of dy and dy*x_hat over a micro-batch, in one vector.
+
+        Args:
+            batch: the sums.
+            samples: the micro-batch's.
+            of_sample: values per channel in each.
+            record: what its forward used.
+        """
+        feedback = self._pay(batch, samples * of_sample, of_sample, record) if record.counts else None
+        if feedback is None:
+            # No books: its own share, as if the others were constants.
+            feedback = batch / (record.others[0] + samples * of_sample)
+        return feedback
+
+    def _pay(self, batch: Tensor, n: int, of_sample: int, record: Record) -> Tensor | None:
+        """A and B for a micro-batch, booked; None if its window is over."""
+        with _books:
+            if record.number != self.number:
+                return None
+            self._settle()
+            owed = batch + self.owed.to(batch.device)
+            done = self.paid_at.get(record.forward)
+            # Walked again: its sums come to those of the first walk.
+            debt, before = (owed, self.done) if done is None else (batch, done)
+            if self.expected:
+                feedback = spread(debt, n, before, self.expected, _LEAST * of_sample)
+                owed = owed.sub(feedback, alpha=n)
+            else:
+                # Nobody knows how long it will be: the mean of what came.
+                feedback = debt / (before + n + of_sample)
+            self.paid_at[record.forward] = before
+            # One call: a signal comes before or after it.
+            vars(self).update(owed=owed.to(self.owed.device), done=self.done + n if done is None else self.done)
+            return feedback
+
+    def settle(self) -> None:
+        """Close the books of a window that is over, if no backward has done so."""
+        with _books:
+            self._settle()
+
+    def _settle(self) -> None:
+        if self.booked == self.number:
+            return
+        vars(self).update(
+            owed=torch.zeros_like(self.owed),
+            # Without a backward: expect what was expected.
+            expected=self.done or self.expected,
+            done=0.0,
+            booked=self.number,
+            paid_at={},
+        )
+
+    def _turn(self, owed: Tensor, **changes: Any) -> None:
+        """Go on with other books. Graphs from before find their window over."""
+        number = self.number + 1
+        vars(self).update(NEW_WINDOW | {"owed": owed, "done": 0.0, "number": number, "booked": number} | changes)
+        self.paid_at = {}
 
 
-_books = threading.Lock()
-"""Backward walks may run in several threads: those of several devices, or of DataParallel's replicas."""
+NEW_WINDOW: dict[str, Any] = {"samples": 0.0, "micro_batches": 0.0}
+"""What a ledger knows of a window that starts, besides sums."""
 
 
-def pay(sums: Tensor, counts: Tensor, batch: Tensor, n: int, number: float) -> Tensor | None:
-    """A and B for a micro-batch, booked; None if its window is over. Changes the ledger's ``sums`` and ``counts``.
-
-    Args:
-        sums, counts: of the ledger.
-        batch: the micro-batch's own sums of dy and dy*x_hat, in one vector.
-        n: its values per channel.
-        number: of its window.
-    """
-    here = batch.device  # a replica's of DataParallel may be another one
-    batch = batch.to(sums.device)
-    with _books:
-        expected, done, of, window, known = counts.tolist()
-        if number != window:
-            return None
-        books = sums
-        if of != window:
-            books, expected, done = _close(sums, expected, done)
-        owed, seen = books[:2] + batch
-        # In a first window nobody knows how long it will be.
-        total = expected or done + n
-        feedback = feedback_per_value(owed, books[2], n, done, total)
-        after = torch.stack((owed.sub_(feedback, alpha=n), seen, books[2]))
-        # One call: a signal comes before or after it.
-        copy_all([sums, counts], [after, counts.new_tensor([expected, done + n, window, window, known])])
-        return feedback.to(here)
-
-
-def _close(sums: Tensor, expected: float, done: float) -> tuple[Tensor, float, float]:
-    """The books of a new window: what the last one saw is what this one expects."""
-    books = torch.zeros_like(sums)
-    if not done:
-        # It had no backward, or was discarded.
-        books[2] = sums[2]
-        return books, expected, 0.0
-    # An overflow under GradScaler would spoil this window, too.
-    books[2] = (sums[1] / done).nan_to_num_(0.0, 0.0, 0.0)
-    return books, done, 0.0
+def step_of_discard(ledger: Ledger) -> partial[None]:
+    """The step that drops what the open window owes and has seen."""
+    # The books may still be those of the window before.
+    ledger.settle()
+    zeros = {"owed": torch.zeros_like(ledger.owed), "squares": torch.zeros_like(ledger.squares)}
+    number = ledger.number + 1
+    changes = {**NEW_WINDOW, **zeros, "done": 0.0, "number": number, "booked": number, "paid_at": {}}
+    return partial(vars(ledger).update, changes)

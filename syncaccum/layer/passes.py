@@ -19,7 +19,7 @@ from torch import Tensor
 
 from syncaccum.layer import native
 from syncaccum.layer.compiled import find_recipe, normalize_compiled
-from syncaccum.layer.compose import compose, differentiable_gradients, intercept
+from syncaccum.layer.compose import compose, composed_gradients, intercept
 from syncaccum.layer.measure import Measured, measure
 from syncaccum.layer.memory_order import (
     as_passes,
@@ -245,7 +245,7 @@ class _Normalize(torch.autograd.Function):
         _, _, needs_weight, needs_bias, _, _, *needs_x = ctx.needs_input_grad
         # create_graph=True: the gradient itself needs a graph.
         if torch.is_grad_enabled():
-            return _composed_gradients(ctx, *dys)  # type: ignore[no-untyped-call]
+            return composed_gradients(ctx, *dys)  # type: ignore[no-untyped-call]
         pairs = [(match_order(dy, x), x) for dy, x in zip(dys, xs, strict=True)]
         dweight: Tensor | None
         dbias: Tensor | None
@@ -276,14 +276,3 @@ def _add_sums(each: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         return each[0]
     first, second = (torch.stack(s).sum(0, dtype=torch.float64) for s in zip(*each, strict=True))
     return first, second
-
-
-def _composed_gradients(ctx, dy, *others):  # type: ignore[no-untyped-def]
-    """Gradients that can be differentiated again (``create_graph=True``)."""
-    if ctx.policy is None:
-        raise RuntimeError("lockstep does not support create_graph=True: take gradients of gradients without it")
-    weight, bias, x = ctx.saved_tensors
-    _, _, needs_weight, needs_bias, _, _, needs_x = ctx.needs_input_grad
-    needed = (needs_x, needs_weight, needs_bias)
-    dx, dweight, dbias = differentiable_gradients(x, weight, bias, ctx.policy, needed, dy)
-    return None, None, dweight, dbias, None, None, dx

@@ -6,14 +6,14 @@ population variance into a :class:`Normalizer`. `passes` applies that to the dat
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from syncaccum.layer.state import Accumulating
 from syncaccum.moments import pack_statistics
-from syncaccum.torch_private import buffers_of, has_no_values
+from syncaccum.torch_private import buffers_of
 
 
 class Normalizer(NamedTuple):
@@ -101,14 +101,12 @@ class Renorm(NamedTuple):
     v_s is the law of total variance, so nothing cancels. Since
     :math:`\partial v_s/\partial x = 2w(x-\mu_s)/n`, the gradient is BatchNorm's with w/n in the place of 1/n.
 
-    ``untrained`` is a boolean scalar tensor: true if this layer never had a commit. Then it behaves as :class:`Batch`.
-    It is a tensor because the counter may be on a GPU, and a forward must not wait for that. None means false.
+    A layer that never had a commit has 0 and 1 for mu and v. They bound what few values do in its first window.
     """
 
     eps: float
     committed_mean: Tensor
     committed_variance: Tensor
-    untrained: Tensor | None
     prior_count: float
     r_max: float
     d_max: float
@@ -116,13 +114,7 @@ class Renorm(NamedTuple):
     def normalizer(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
         mu, v = self.committed_mean, self.committed_variance
         # Share of the micro-batch in what is known of the channel.
-        w: Any = count / (count + self.prior_count)
-        # Own statistics in the place of committed ones: r = 1, d = 0.
-        # `where`, because the answer may be on a GPU.
-        if self.untrained is not None:
-            mu = torch.where(self.untrained, mean.detach(), mu)
-            v = torch.where(self.untrained, variance.detach(), v)
-            w = torch.where(self.untrained, 1.0, torch.full_like(mu, w))
+        w = count / (count + self.prior_count)
         # Mean and variance of both together (law of total variance).
         mu_s = torch.lerp(mu, mean, w)
         step = mean - mu
@@ -160,7 +152,11 @@ class Window(NamedTuple):
         return Normalizer(center, torch.rsqrt(var + self.eps), None, None, 1.0)
 
 
-Policy = Batch | Running | Renorm | Window
+class Policy(Protocol):
+    """What turns a micro-batch's count, mean and population variance into what to apply."""
+
+    def normalizer(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
+        """What a forward applies, and its backward differentiates."""
 
 
 def choose_policy(layer: Accumulating, count: int, eps: float) -> Policy:
@@ -178,29 +174,11 @@ def choose_policy(layer: Accumulating, count: int, eps: float) -> Policy:
         )
     if state.normalization == "batch" and count > 1:
         return Batch(eps)
-    # One value has no statistics of its own to use instead.
-    untrained = ask_if_untrained(layer) if state.normalization == "renorm" and count > 1 else False
-    # Known on a CPU: `Batch` has less arithmetic.
-    if untrained is True:
-        return Batch(eps)
     mean, variance = copy_committed(layer)
-    maybe_untrained = None if untrained is False else untrained
     if state.normalization == "renorm" and count > 0:
-        return Renorm(eps, mean, variance, maybe_untrained, state.prior_count, state.r_max, state.d_max)
+        return Renorm(eps, mean, variance, state.prior_count, state.r_max, state.d_max)
     # Policy "running"; and of any policy a micro-batch without values.
     return Running(eps, mean, variance)
-
-
-def ask_if_untrained(layer: Accumulating) -> bool | Tensor:
-    """Whether the layer never had a commit: a boolean, or on a GPU a tensor that need not be waited for."""
-    batches = buffers_of(layer)["num_batches_tracked"]
-    # Without a counter nobody can tell: believe the statistics.
-    if batches is None:
-        return False
-    if batches.is_cpu and not torch.compiler.is_compiling() and not has_no_values(batches):
-        # On a GPU item() would wait for the device.
-        return batches.item() == 0
-    return batches == 0
 
 
 def copy_committed(layer: Accumulating) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from syncaccum.ranks.transport import Transport
 from syncaccum.window.fold import apply, apply_to_some, concatenate
 from syncaccum.window.layers import NamedLayer, for_each_group, tracking_layers
 from syncaccum.window.layout import Layout, raise_layout_mismatch, verify_layout
-from syncaccum.window.uninterrupted import run_uninterrupted, steps_of_discard
+from syncaccum.window.uninterrupted import run_uninterrupted, steps_of_drop
 
 OnNonFinite = Literal["raise", "discard"]
 """What a commit does with NaN or Inf in a window."""
@@ -127,7 +127,7 @@ def commit_layers(
             if on_nonfinite == "raise":
                 raise
             # All ranks of the group have this error, and do this.
-            run_uninterrupted(steps_of_discard([layer._accumulation for _, layer in members]))
+            run_uninterrupted(steps_of_drop([layer._accumulation for _, layer in members]))
             discarded.append(error.where)
             counts = [0] * len(members)
         values.update((name, n) for (name, layer), n in zip(members, counts, strict=True) if _is_ours(layer, n))
@@ -190,8 +190,13 @@ def _reduce_windows(
     return message[:size].to(home)
 
 
-def reduce_for(call: str, group: Group, members: Sequence[NamedLayer]) -> list[Tensor]:
+def reduce_for(
+    call: str, group: Group, members: Sequence[NamedLayer], tensors: Sequence[Tensor] | None = None
+) -> list[Tensor]:
     """The windows of these layers summed over the ranks, for something else than a commit. Collective.
+
+    Args:
+        tensors: what to sum in the windows' place, one for each layer and of its window's size.
 
     Raises:
         LayoutMismatchError: some ranks call something else now.
@@ -200,7 +205,7 @@ def reduce_for(call: str, group: Group, members: Sequence[NamedLayer]) -> list[T
     layout, message_size = verify_layout(group, transport, members)
     # Not a commit's: a peer may commit now.
     fingerprint = Fingerprint.of(layout.key, call)
-    windows = [layer._accumulation.window for _, layer in members]
+    windows = [layer._accumulation.window for _, layer in members] if tensors is None else tensors
     reduced = _reduce_windows(transport, fingerprint, message_size, windows)
     if not fingerprint.agrees(reduced[:HEADER].tolist(), transport.size):
         raise_layout_mismatch(group, transport, members, call)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from syncaccum.window.layers import tracking_layers
-from syncaccum.window.uninterrupted import run_uninterrupted, steps_of_discard
+from syncaccum.window.uninterrupted import run_uninterrupted, steps_of_drop
 
 
 def discard(model: nn.Module) -> None:
@@ -21,7 +21,7 @@ def discard(model: nn.Module) -> None:
         NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
     """
     # All windows or none, also if a signal comes.
-    run_uninterrupted(steps_of_discard([layer._accumulation for _, layer in tracking_layers(model)]))
+    run_uninterrupted(steps_of_drop([layer._accumulation for _, layer in tracking_layers(model)]))
 
 
 @contextmanager

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from syncaccum.errors import NonFiniteStatisticsError
 from syncaccum.layer.state import Accumulating, commit_momentum
-from syncaccum.moments import pack_statistics
 from syncaccum.torch_private import add_to_all, buffers_of, copy_all
 from syncaccum.window.layers import NamedLayer
 from syncaccum.window.layout import Layout
-from syncaccum.window.uninterrupted import run_uninterrupted, steps_of_closing, steps_of_drop
+from syncaccum.window.prior import steps_of_commit
+from syncaccum.window.uninterrupted import run_uninterrupted, steps_of_new_window
 
 
 def apply_to_some(layout: Layout, counts: Sequence[int], seen: Sequence[NamedLayer], reduced: Tensor) -> None:
@@ -38,14 +38,13 @@ def apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> Non
     _, at_count, at_sums = layout.indices(reduced.device)
     n = reduced.index_select(0, at_count)
     update = reduced.index_select(0, at_sums).view(2, -1).div_(n)
+    layers = [layer for _, layer in members]
+    closing = _close_windows(layers, layout, n, update)
     mean, variance = update.unbind()
     # In place: variance is a view of update's second row.
     # Rounding can leave a constant channel below zero.
     # n / (n - 1): running_var is unbiased, as nn.BatchNorm's.
-    variance.addcmul_(mean, mean, value=-1).clamp_min_(0)
-    layers = [layer for _, layer in members]
-    closing = _close_books(layers, layout, mean, variance)
-    variance.mul_(n / (n - 1))
+    variance.addcmul_(mean, mean, value=-1).clamp_min_(0).mul_(n / (n - 1))
     buffers = [buffers_of(layer) for layer in layers]
     current = [cast(Tensor, b[name]) for name in ("running_mean", "running_var") for b in buffers]
     # Computed in float64, then rounded once.
@@ -60,7 +59,7 @@ def apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> Non
         [
             partial(copy_all, current, stored),
             partial(add_to_all, counters, 1),
-            *steps_of_drop(states),
+            *steps_of_new_window(states),
             *closing,
             # A checkpoint's second forward would now see other statistics.
             *(partial(setattr, state, "has_normalised", False) for state in states),
@@ -68,14 +67,17 @@ def apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> Non
     )
 
 
-def _close_books(layers: Sequence[Accumulating], layout: Layout, mean: Tensor, variance: Tensor) -> list[partial[Any]]:
-    """The steps that give layers under policy "window" the statistics of the window that ends, as of one value."""
-    ledgers = [layer._accumulation.ledger for layer in layers]
-    if not any(ledgers):
+def _close_windows(layers: Sequence[Accumulating], layout: Layout, n: Tensor, moments: Tensor) -> list[partial[Any]]:
+    """The steps for layers under policy "window". ``moments``: means and mean squares of the global batch."""
+    having = [index for index, layer in enumerate(layers) if layer._accumulation.ledger is not None]
+    if not having:
         return []
-    pieces = zip(ledgers, *(torch.split(rows, list(layout.widths)) for rows in (mean, variance)), strict=True)
-    last = [pack_statistics(1, m, v).to(ledger.last.device) for ledger, m, v in pieces if ledger is not None]
-    return steps_of_closing([ledger for ledger in ledgers if ledger is not None], last)
+    rows = torch.cat((n.unsqueeze(0), moments))
+    if len(having) < len(layers):
+        pieces = torch.split(rows, list(layout.widths), 1)
+        rows = torch.cat([pieces[index] for index in having], 1)
+    states = [layers[index]._accumulation for index in having]
+    return steps_of_commit(states, [layers[index].eps for index in having], *rows)
 
 
 def _round_as_stored(new: Tensor, layout: Layout, current: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

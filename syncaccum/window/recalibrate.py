@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -116,6 +117,7 @@ class _Before:
         self._layer = layer
         self._momentum = layer.momentum
         self._is_committed = state.is_committed
+        self._ledger = copy.deepcopy(state.ledger)
         self._settings = {name: getattr(state, name) for name in ("normalization", "always_counts", "uncounted")}
         self._buffers = {name: b.clone() for name, b in buffers_of(layer).items() if b is not None}
         # Also inside of not_counted: this data is to be counted.
@@ -130,6 +132,7 @@ class _Before:
         if not _tensor_of(layer, "num_batches_tracked"):
             state.drop()
             state.is_committed = self._is_committed
+            state.ledger = self._ledger
             for name, value in self._buffers.items():
                 _tensor_of(layer, name).copy_(value)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from syncaccum.layer.ledger import Ledger
+from syncaccum.layer.ledger import PACKED
 from syncaccum.layer.state import Accumulating
 from syncaccum.ranks.connect import connect
 from syncaccum.ranks.groups import Group, resolve_group
@@ -23,24 +23,18 @@ def window_state_dict(model: nn.Module) -> dict[str, Tensor]:
     share, such as ``torch.distributed.checkpoint``'s, where their keys would clash: ``gather_window_state_dict``.
 
     Returns:
-        By layer name, a float64 tensor of shape ``(1 + 2C,)``: count, total, total_sq. Sums are additive: the
-        states of several ranks may be added, and loaded on any one of them, or stacked, and loaded on all. A layer
-        under policy "window" has a second tensor, ``<name>.ledger`` of shape ``(5 + 8C,)``: the last window's
-        statistics and the books of its feedback. That is each rank's own.
+        By layer name, a float64 tensor of shape ``(1 + 2C,)``: count, total, total_sq. A layer under policy
+        ``"window"`` has four more of this shape, as ``"NAME/last"``: its last window, and the books of its feedback.
+        All are sums and additive: the states of several ranks may be added, and loaded on any one of them, or stacked,
+        and loaded on all.
 
     Raises:
         NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
     """
     layers = tracking_layers(model)
     windows = {name: layer._accumulation.window.clone() for name, layer in layers}
-    return {**windows, **{key: ledger.to_state() for key, ledger in _ledgers(layers)}}
-
-
-def _ledgers(layers: Iterable[NamedLayer]) -> Iterator[tuple[str, Ledger]]:
-    """By their keys in a state."""
-    for name, layer in layers:
-        if (ledger := layer._accumulation.ledger) is not None:
-            yield f"{name}.ledger", ledger
+    ledgers = [(name, ledger) for name, layer in layers if (ledger := layer._accumulation.ledger) is not None]
+    return windows | {f"{name}/{part}": value for name, ledger in ledgers for part, value in ledger.pack().items()}
 
 
 def gather_window_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -52,9 +46,7 @@ def gather_window_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         By layer name, a float64 tensor of shape ``(1, 1 + 2C)``: one share, to be dealt out by
-        ``load_window_state_dict`` over any number of ranks. Its size does not depend on how many there are. A layer
-        under policy "window" has a second tensor, ``<name>.ledger``: the last window's statistics, without the books
-        of the open one, which are each rank's own.
+        ``load_window_state_dict`` over any number of ranks. Its size does not depend on how many there are.
 
     Raises:
         NoLayersError: the model has no SyncAccumBatchNorm that tracks statistics.
@@ -77,14 +69,25 @@ def gather_window_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     layers = tracking_layers(model)
     by_group = for_each_group(layers, _gather_group)
-    windows = {name: windows[name] for name, _ in layers for windows in by_group if name in windows}
-    return {**windows, **{key: ledger.last_to_state() for key, ledger in _ledgers(layers)}}
+    return {key: value for state in by_group for key, value in state.items()}
 
 
 def _gather_group(group: Group, members: Sequence[NamedLayer]) -> dict[str, Tensor]:
-    sums = reduce_for("gather_window_state_dict", group, members)
+    call = "gather_window_state_dict"
+    names = [name for name, _ in members]
+    state = dict(zip(names, reduce_for(call, group, members), strict=True))
+    # Policies are a part of the layout: all ranks have the same ledgers.
+    ledgers = [layer._accumulation.ledger for _, layer in members]
+    packed = [None if ledger is None else ledger.pack() for ledger in ledgers]
+    for part in PACKED if any(packed) else ():
+        tensors = [
+            torch.zeros_like(layer._accumulation.window) if one is None else one[part]
+            for (_, layer), one in zip(members, packed, strict=True)
+        ]
+        sums = reduce_for(f"{call}, part {part}", group, members, tensors)
+        state.update((f"{name}/{part}", s) for name, s, one in zip(names, sums, packed, strict=True) if one is not None)
     # clone: a view would keep the whole message in memory.
-    return {name: window.clone().unsqueeze(0) for (name, _), window in zip(members, sums, strict=True)}
+    return {key: value.clone().unsqueeze(0) for key, value in state.items()}
 
 
 def load_window_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -106,33 +109,41 @@ def load_window_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> Non
             initialised.
     """
     layers = dict(tracking_layers(model))
-    # States from before, and of another policy, have none.
-    ledgers = {key: ledger for key, ledger in _ledgers(layers.items()) if key in state}
-    others = {f"{name}.ledger" for name in layers}
-    missing, unknown = layers.keys() - state.keys(), state.keys() - layers.keys() - others
+    parts = {f"{name}/{part}" for name in layers for part in PACKED}
+    missing, unknown = layers.keys() - state.keys(), state.keys() - layers.keys() - parts
     if missing or unknown:
         raise ValueError(
             f"the window state does not fit the model: missing {sorted(missing)}, unknown {sorted(unknown)}. "
             "Build and convert the model as when it was saved, or go on with empty windows: discard(model)"
         )
     for name, layer in layers.items():
-        _check_fit(name, layer, state[name])
-    for key, ledger in ledgers.items():
-        _check_ledger(key, ledger, state[key])
+        for key in (name, *_keys_of_ledger(name, state)):
+            _check_fit(key, layer, state[key])
     # All are checked and computed before the first is replaced.
     windows = [_take_share(layer, state[name]) for name, layer in layers.items()]
     copy_all([layer._accumulation.window for layer in layers.values()], [window.detach() for window in windows])
-    for key, ledger in ledgers.items():
-        ledger.load_state(state[key].detach())
+    for name, layer in layers.items():
+        _load_ledger(name, layer, state)
 
 
-def _check_ledger(key: str, ledger: Ledger, saved: Tensor) -> None:
-    expected = ledger.to_state()
-    if saved.shape != expected.shape or saved.dtype != torch.float64 or not saved.isfinite().all():
-        raise ValueError(
-            f"the window state does not fit {key}: expected finite float64 of shape {tuple(expected.shape)}, got "
-            f"{saved.dtype} of shape {tuple(saved.shape)}. Leave it out to go on without"
-        )
+def _keys_of_ledger(name: str, state: Mapping[str, Tensor]) -> list[str]:
+    """The keys of a layer's ledger; none in a checkpoint from before there were any, or of another policy."""
+    keys = [f"{name}/{part}" for part in PACKED]
+    return keys if all(key in state for key in keys) else []
+
+
+def _load_ledger(name: str, layer: Accumulating, state: Mapping[str, Tensor]) -> None:
+    ledger = layer._accumulation.ledger
+    if ledger is None:
+        return
+    if not (keys := _keys_of_ledger(name, state)):
+        # A start without it: as in a first window.
+        ledger.forget()
+        return
+    saved = [state[key] for key in keys]
+    is_shared = saved[0].dim() == 2
+    ranks = connect(resolve_group(layer._accumulation.handle.group)).size if is_shared else 1
+    ledger.unpack(dict(zip(PACKED, (s.sum(0) if is_shared else s for s in saved), strict=True)), ranks)
 
 
 def _check_fit(name: str, layer: Accumulating, saved: Tensor) -> None:

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from syncaccum.layer.accumulation import NEW_WINDOW, Accumulation
-from syncaccum.layer.ledger import Ledger
-from syncaccum.torch_private import copy_all, without_torch_function, zero_all
+from syncaccum.layer.ledger import step_of_discard
+from syncaccum.torch_private import without_torch_function, zero_all
 
 
 def run_uninterrupted(steps: Sequence[partial[Any]]) -> None:
@@ -26,26 +24,14 @@ def run_uninterrupted(steps: Sequence[partial[Any]]) -> None:
 
 
 def steps_of_drop(states: Sequence[Accumulation]) -> list[partial[Any]]:
-    """The steps that start a new window in each layer, as ``Accumulation.drop``."""
+    """The steps that drop the window of each layer, as ``Accumulation.drop``."""
+    ledgers = [state.ledger for state in states if state.ledger is not None]
+    return [*steps_of_new_window(states), *map(step_of_discard, ledgers)]
+
+
+def steps_of_new_window(states: Sequence[Accumulation]) -> list[partial[Any]]:
+    """The steps that start a new window in each layer, ledgers aside."""
     return [
         partial(zero_all, [state.window for state in states]),
         *(partial(vars(state).update, NEW_WINDOW) for state in states),
     ]
-
-
-def steps_of_discard(states: Sequence[Accumulation]) -> list[partial[Any]]:
-    """The steps that drop a window that was not committed, and what policy "window" has in its books of it."""
-    ledgers = [state.ledger for state in states if state.ledger is not None]
-    return [*steps_of_drop(states), *_steps_of_counting(ledgers, [ledger.counts_after_discard() for ledger in ledgers])]
-
-
-def steps_of_closing(ledgers: Sequence[Ledger], last: Sequence[Tensor]) -> list[partial[Any]]:
-    """The steps that close the books of windows that were committed. ``last``: their packed moments, by ledger."""
-    if not ledgers:
-        return []
-    known = partial(copy_all, [ledger.last for ledger in ledgers], list(last))
-    return [known, *_steps_of_counting(ledgers, [ledger.counts_after_commit() for ledger in ledgers])]
-
-
-def _steps_of_counting(ledgers: Sequence[Ledger], counts: list[Tensor]) -> list[partial[Any]]:
-    return [partial(copy_all, [ledger.counts for ledger in ledgers], counts)] if ledgers else []

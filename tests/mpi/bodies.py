@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from syncaccum import (
     CommitError,
@@ -24,6 +25,7 @@ from syncaccum import (
     commit,
     convert_sync_accum,
     lockstep,
+    lookahead,
 )
 from syncaccum.integrations import mpi
 from tests.oracle import assert_unchanged, gather_global_batch, take_snapshot
@@ -165,9 +167,15 @@ def a_single_value_is_refused_on_every_rank(comm: MPI.Intracomm) -> None:
         commit(layers)
 
 
+def make_network() -> nn.Module:
+    """Two BatchNorm layers, the same weights on all ranks."""
+    layers = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3), nn.BatchNorm1d(3)
+    return nn.Sequential(*layers).double()
+
+
 @body
 def lockstep_equals_the_large_batch(comm: MPI.Intracomm) -> None:
-    plain = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3), nn.BatchNorm1d(3)).double()
+    plain = make_network()
     model = convert_sync_accum(copy.deepcopy(plain), comm)
     micro_batches = [torch.randn(n + comm.rank, 4, dtype=torch.float64) for n in (2, 3)]
     everyones = comm.allgather(micro_batches)
@@ -181,6 +189,79 @@ def lockstep_equals_the_large_batch(comm: MPI.Intracomm) -> None:
     commit(model)
     for name, buffer in plain.named_buffers():
         torch.testing.assert_close(model.get_buffer(name), buffer)
+
+
+def draw_unequal(comm: MPI.Comm, step: int) -> list[Tensor]:
+    """This rank's micro-batches: other sizes and numbers than the next rank's, and an empty one."""
+    generator = torch.Generator().manual_seed(100 * step + comm.rank)
+    sizes = (3, 0, 2, 4) if comm.rank % 2 else (2 + comm.rank, 4)
+    return [torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in sizes]
+
+
+def walk(losses: Iterable[Tensor]) -> None:
+    for loss in losses:
+        loss.backward()
+
+
+@body
+def lookahead_has_the_large_batchs_losses_and_statistics(comm: MPI.Intracomm) -> None:
+    plain = make_network()
+    # The layers talk over MPI, DistributedDataParallel over gloo.
+    mpi.init_process_group(comm, backend="gloo", timeout=60)
+    model = convert_sync_accum(copy.deepcopy(plain), comm)
+    ddp = DistributedDataParallel(model)
+    for step in range(2):
+        micro_batches = draw_unequal(comm, step)
+        total = 0.0
+        for loss in lookahead(ddp, lambda x: ddp(x).pow(3).sum(), micro_batches):
+            total += loss.item()
+            loss.backward()
+        whole = torch.cat([x for theirs in comm.allgather(micro_batches) for x in theirs])
+        torch.testing.assert_close(sum(comm.allgather(total)), plain(whole).pow(3).sum().item())
+        assert commit(model).ranks == comm.size
+        for name, buffer in plain.named_buffers():
+            torch.testing.assert_close(model.get_buffer(name), buffer)
+        # A parameter without a gradient would end the test here.
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        assert gradient.any()
+        for theirs in comm.allgather(gradient):
+            assert torch.equal(gradient, theirs)
+    dist.destroy_process_group()
+
+
+@body
+def lookahead_with_all_data_in_one_micro_batch_has_the_large_batchs_gradient(comm: MPI.Intracomm) -> None:
+    plain = make_network()
+    model = convert_sync_accum(copy.deepcopy(plain), comm)
+    x = comm.bcast(torch.randn(5, 4, dtype=torch.float64))
+    # The other ranks have an empty micro-batch: nothing is left to later ones.
+    walk(lookahead(model, lambda x: model(x).pow(3).sum(), [x if comm.rank == 0 else x[:0]]))
+    plain(x).pow(3).sum().backward()
+    for parameter, reference in zip(model.parameters(), plain.parameters(), strict=True):
+        # As for lockstep.
+        torch.testing.assert_close(sum(comm.allgather(parameter.grad)), reference.grad, rtol=1e-10, atol=1e-10)
+    commit(model)
+
+
+@body
+def a_rank_that_leaves_its_lookahead_is_named_and_nobody_waits(comm: MPI.Intracomm) -> None:
+    if comm.size == 1:
+        return  # nobody to wait
+    model = convert_sync_accum(make_network(), comm)
+    before = take_snapshot(model)
+    last = comm.size - 1
+    results: Any = lookahead(model, lambda x: model(x).pow(3).sum(), draw_unequal(comm, 0))
+    if comm.rank == last:
+        next(results).backward()
+        results.close()
+    else:
+        # Ranks with fewer micro-batches still sit rounds out then.
+        with pytest.raises(LockstepError, match=rf"rank {last} given up"):
+            walk(results)
+    assert_unchanged(model, before)
+    # The communicator is of use as before.
+    walk(lookahead(model, lambda x: model(x).pow(3).sum(), draw_unequal(comm, 1)))
+    assert commit(model).ranks == comm.size
 
 
 @body

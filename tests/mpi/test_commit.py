@@ -1,4 +1,4 @@
-"""Commits and lockstep over mpi4py communicators, under both MPI libraries, on one to four ranks."""
+"""Commits, lockstep and lookahead over mpi4py communicators, under both MPI libraries, on one to four ranks."""
 
 from __future__ import annotations
 

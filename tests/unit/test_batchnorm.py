@@ -80,10 +80,14 @@ def test_batch_policy_is_batch_norms_training_forward(dims: int, affine: bool) -
     torch.testing.assert_close(torch.autograd.grad(y, x, dy), torch.autograd.grad(wanted, x, dy))
 
 
-def test_an_untrained_renorm_layer_behaves_as_batch() -> None:
-    layer, batch = SyncAccumBatchNorm(3), SyncAccumBatchNorm(3, normalization="batch")
-    x = torch.randn(4, 3) * 5 + 3
-    assert torch.equal(layer(x), batch(x))
+def test_an_untrained_renorm_layer_counts_its_micro_batch_against_a_prior_of_0_and_1() -> None:
+    layer = SyncAccumBatchNorm(3, normalization="renorm", r_max=torch.inf, d_max=torch.inf, dtype=torch.float64)
+    x = torch.randn(4, 3, dtype=torch.float64) * 5 + 3
+    # Without clips it is the running statistics' output.
+    torch.testing.assert_close(layer(x), x / (1 + layer.eps) ** 0.5)
+    clipped = SyncAccumBatchNorm(3, normalization="renorm", r_max=1.0, d_max=0.0, dtype=torch.float64)
+    mean, mean_sq = x.sum(0) / 5, (x.square().sum(0) + 1) / 5
+    torch.testing.assert_close(clipped(x), (x - mean) / (mean_sq - mean.square() + layer.eps).sqrt())
 
 
 def test_renorm_normalises_with_committed_statistics_where_no_clip_is_reached() -> None:

@@ -171,11 +171,11 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> CudaStandIn:
     for module in ("measure", "passes"):
         monkeypatch.setattr(f"syncaccum.layer.{module}.is_on_cuda", lambda x: True)
     # The counter of an untrained layer is not looked at on a GPU.
-    monkeypatch.setattr("syncaccum.layer.policies.ask_if_untrained", lambda layer: layer.num_batches_tracked == 0)
+    monkeypatch.setattr("syncaccum.layer.so_far._ask_if_untrained", lambda layer: layer.num_batches_tracked == 0)
     return CudaStandIn()
 
 
-POLICIES = ["renorm", "batch", "running"]
+POLICIES = ["renorm", "batch", "running", "window"]
 SHAPES = [(6, C), (4, C, 6), (3, C, 4, 5), (2, C, 2, 3, 2), (4, C, 1, 1), (8, 1, 3, 3)]
 
 

@@ -46,10 +46,9 @@ def policies(channels: int, count: int) -> dict[str, Policy]:
     variance = torch.rand(channels, dtype=torch.float64) + 0.5
     made: dict[str, Policy] = {
         "running": Running(EPS, mean, variance),
-        "renorm": Renorm(EPS, mean, variance, None, 1.0, 1.5, 0.5),
+        "renorm": Renorm(EPS, mean, variance, 1.0, 1.5, 0.5),
     }
-    untrained = Renorm(EPS, mean, variance, torch.tensor(True), 1.0, 1.5, 0.5)
-    return made | ({"batch": Batch(EPS), "renorm on a device": untrained} if count > 1 else {})
+    return made | ({"batch": Batch(EPS)} if count > 1 else {})
 
 
 def train(

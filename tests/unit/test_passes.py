@@ -41,9 +41,7 @@ def policies(count: int) -> dict[str, Policy]:
     mean, variance = torch.randn(C, dtype=torch.float64), torch.rand(C, dtype=torch.float64) + 0.5
     made: dict[str, Policy] = {
         "running": Running(EPS, mean, variance),
-        "renorm": Renorm(EPS, mean, variance, None, 1.0, 1.5, 0.5),
-        "renorm of a trained layer on a device": Renorm(EPS, mean, variance, torch.tensor(False), 1.0, 1.5, 0.5),
-        "renorm of an untrained layer on a device": Renorm(EPS, mean, variance, torch.tensor(True), 1.0, 1.5, 0.5),
+        "renorm": Renorm(EPS, mean, variance, 1.0, 1.5, 0.5),
     }
     if count > 1:
         made["batch"] = Batch(EPS)
@@ -192,7 +190,7 @@ def test_one_channel_has_two_memory_orders_at_once(order: Callable[[Tensor], Ten
     """Its strides look like those of one or the other, and the gradient's may look different."""
     policy: dict[str, Policy] = {
         "batch": Batch(EPS),
-        "renorm": Renorm(EPS, torch.zeros(1).double(), torch.ones(1).double(), None, 1, 2, 1),
+        "renorm": Renorm(EPS, torch.zeros(1).double(), torch.ones(1).double(), 1, 2, 1),
     }
     x = order(torch.randn(4, 1, 3, 5, dtype=torch.float64)).requires_grad_()
     dy = torch.randn(4, 1, 3, 5, dtype=torch.float64)
