@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from syncaccum.layer.kernels.build import library_for
+from syncaccum.layer.kernels.build import is_current, library_for
 from syncaccum.layer.memory_order import is_rows
 from syncaccum.torch_private import is_watched
 
@@ -26,8 +26,6 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _NONE, _GIVEN, RUNNING, BATCH, RENORM = range(5)
 _FORWARD = Struct("@P4q 3P q4d Pq Pq 4P Pq Pq")
 _BACKWARD = Struct("@P4q 3P Pq 4P Pq dP Pq Pq")
-
-_INTERFACE = 2
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -68,20 +66,14 @@ class _Library:
         except (OSError, AttributeError):
             raise OSError("torch has no torch_parallel_for: they need torch 2.10 or newer") from None
         self.parallel_for = ctypes.cast(loop, c_void_p).value or 0
-        library = ctypes.CDLL(str(path))
-        if not _fits(library):
+        # Its structs may differ: wrong numbers, or a crash.
+        if not is_current(self.capability):
             raise OSError(f"{path.name} was built from another version of its source: install anew")
+        library = ctypes.CDLL(str(path))
         self.forward, self.backward = library.syncaccum_forward, library.syncaccum_backward
         # A packed struct: one argument takes ctypes a tenth of the time.
         self.forward.argtypes = self.backward.argtypes = [c_char_p]
         self.forward.restype = self.backward.restype = None
-
-
-def _fits(library: ctypes.CDLL) -> bool:
-    try:
-        return ctypes.c_int64.in_dll(library, "syncaccum_interface").value == _INTERFACE
-    except ValueError:  # older than that number
-        return False
 
 
 def _load() -> tuple[_Library | None, str]:

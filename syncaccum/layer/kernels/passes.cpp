@@ -581,9 +581,9 @@ void backward(const BackwardCall& call, const Order& order) {
 
 extern "C" {
 
-// Changes with what is above: native.py refuses a library that was built from an older source.
-extern const int64_t syncaccum_interface;
-const int64_t syncaccum_interface = 2;
+// build.py's fingerprint of this file: native.py refuses a library that was built from another one.
+extern const char syncaccum_source[];
+const char syncaccum_source[] = SYNCACCUM_SOURCE;
 
 // Moments of x where `moments` is given, and (x - center) scale gain weight + ... where `y` is.
 void syncaccum_forward(const SyncaccumForward* call) {
