@@ -23,9 +23,9 @@ from syncaccum.torch_private import is_watched
 
 # As in passes.cpp, and so are the layouts of its two structs.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_NONE, _GIVEN, RUNNING, BATCH, RENORM = range(5)
-_FORWARD = Struct("@P4q 3P q4d Pq Pq 4P Pq Pq")
-_BACKWARD = Struct("@P4q 3P Pq 4P Pq dP Pq Pq")
+_NONE, _GIVEN, RUNNING, BATCH, RENORM, WINDOW = range(6)
+_FORWARD = Struct("@P4q 3P q4d Pq Pq 5P Pq Pq")
+_BACKWARD = Struct("@P4q 3P Pq 4P Pq dPP Pq Pq")
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -48,6 +48,7 @@ class Recipe(NamedTuple):
     prior_count: float = 0.0
     r_max: float = 0.0
     d_max: float = 0.0
+    others: Tensor | None = None  # packed moments that the micro-batch is counted together with
 
 
 class _Library:
@@ -123,9 +124,11 @@ def gradients_of(
     weight: Tensor | None,
     bias: Tensor | None,
     needed: Sequence[bool],
-) -> list[Tensor | None]:
-    """Those of x, weight and bias that are needed; ``found`` is from `normalize`."""
-    return _gradients(dy, x, weight, bias, _places(found, recipe), recipe.feedback, needed)
+    feedback: float | None,
+    owed: Tensor | None = None,  # comes to the sums, for the gradient of x
+) -> tuple[list[Tensor | None], Tensor]:
+    """Those of x, weight and bias that are needed, and the sums in one vector; ``found`` is from `normalize`."""
+    return _gradients(dy, x, weight, bias, _places(found, recipe), feedback, needed, owed)
 
 
 def _places(found: Tensor, recipe: Recipe) -> _Addresses:
@@ -169,17 +172,18 @@ def _forward(
     # In a list: they must live until the call is over.
     typed = [_checked(v, channels) for v in (recipe.mean, recipe.variance, weight, bias)]
     (mean, variance, weight_, bias_) = map(_typed, typed)
+    others = _checked(recipe.others, 1 + 2 * channels)
     settings = (recipe.policy, recipe.eps, recipe.prior_count, recipe.r_max, recipe.d_max)
     data = (x.data_ptr(), _address(y), _address(moments))
-    _library.forward(_FORWARD.pack(*geometry, *data, *settings, *mean, *variance, *norm, *weight_, *bias_))
+    vectors = (*mean, *variance, _address(others), *norm, *weight_, *bias_)
+    _library.forward(_FORWARD.pack(*geometry, *data, *settings, *vectors))
 
 
 def gradient_sums(dy: Tensor, x: Tensor, norm: Vectors) -> tuple[Tensor, Tensor]:
     """The sums of dy and of dy x_hat, float64."""
-    sums = torch.empty(2, x.shape[1], dtype=torch.float64, device="cpu")
     vectors = _wide(norm, x.shape[1])
-    _backward(dy, x, None, _addresses(vectors), None, sums, is_known=False)
-    first, second = sums.unbind()
+    _, sums = _gradients(dy, x, None, None, _addresses(vectors), None, (False, False, False))
+    first, second = sums.chunk(2)
     return first, second
 
 
@@ -197,7 +201,7 @@ def gradients(
 ) -> list[Tensor | None]:
     """Those of x, weight and bias that are needed, where nobody else has a part in the sums."""
     vectors = _wide(norm, x.shape[1])
-    return _gradients(dy, x, weight, bias, _addresses(vectors), norm[4], needed)
+    return _gradients(dy, x, weight, bias, _addresses(vectors), norm[4], needed)[0]
 
 
 def _gradients(
@@ -208,15 +212,16 @@ def _gradients(
     norm: _Addresses,
     feedback: Tensor | float | None,
     needed: Sequence[bool],
-) -> list[Tensor | None]:
-    sums = torch.empty(2, x.shape[1], dtype=torch.float64, device="cpu")
+    owed: Tensor | None = None,
+) -> tuple[list[Tensor | None], Tensor]:
+    sums = torch.empty(2 * x.shape[1], dtype=torch.float64, device="cpu")
     made = [
         torch.empty_like(v, requires_grad=False) if wanted and v is not None else None
         for v, wanted in zip((x, weight, bias), needed, strict=True)
     ]
     dx, dweight, dbias = made
-    _backward(dy, x, weight, norm, feedback, sums, is_known=False, dx=dx, dweight=dweight, dbias=dbias)
-    return made
+    _backward(dy, x, weight, norm, feedback, sums, is_known=False, owed=owed, dx=dx, dweight=dweight, dbias=dbias)
+    return made, sums
 
 
 def _backward(
@@ -228,6 +233,7 @@ def _backward(
     sums: Tensor,
     *,
     is_known: bool,
+    owed: Tensor | None = None,
     dx: Tensor | None = None,
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
@@ -236,9 +242,10 @@ def _backward(
     assert _library is not None
     geometry = _geometry(x)
     weight = _checked(weight, geometry[3])
+    owed = _checked(owed, 2 * geometry[3])
     one, each = _feedback(feedback, geometry[3])
     data = (dy.data_ptr(), x.data_ptr(), _address(dx), sums.data_ptr(), is_known)
-    results = (*_typed(dweight), *_typed(dbias))
+    results = (_address(owed), *_typed(dweight), *_typed(dbias))
     _library.backward(_BACKWARD.pack(*geometry, *data, *norm, *_typed(weight), one, _address(each), *results))
 
 
@@ -265,13 +272,13 @@ def _wide(vectors: Sequence[Any], channels: int) -> list[Tensor | None]:
     return [v if v is None else _checked(v.to(torch.float64), channels) for v in vectors[:4]]
 
 
-def _checked(vector: Tensor | None, channels: int) -> Tensor | None:
+def _checked(vector: Tensor | None, size: int) -> Tensor | None:
     """Nobody else checks: compiled code reads whatever lies in memory."""
     if vector is None:
         return None
-    if not vector.is_cpu or vector.shape != (channels,):
+    if not vector.is_cpu or vector.shape != (size,):
         raise RuntimeError(
-            f"statistics and parameters must be of shape ({channels},) and on the input's device: "
+            f"statistics and parameters must be of shape ({size},) and on the input's device: "
             f"got {tuple(vector.shape)} on {vector.device}"
         )
     return vector.contiguous()
