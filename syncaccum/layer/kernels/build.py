@@ -6,6 +6,7 @@ runs this file, too, in an environment without torch.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -30,6 +31,15 @@ def library_for(capability: str) -> Path:
     return HERE / f"passes.{capability}.so"
 
 
+def is_current(capability: str) -> bool:
+    """Whether the library was built from the source and the flags that are here now."""
+    return _take_fingerprint(capability).encode() in library_for(capability).read_bytes()
+
+
+def _take_fingerprint(capability: str) -> str:
+    return hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, CAPABILITIES[capability])).encode()).hexdigest()
+
+
 def build() -> list[Path]:
     """The libraries, compiled.
 
@@ -46,7 +56,8 @@ def _compile(capability: str, flags: list[str]) -> Path:
     path = library_for(capability)
     # Moved into place whole: another process may load it meanwhile.
     unfinished = path.with_suffix(f".{os.getpid()}")
-    command = [*compiler, *FLAGS, *flags, str(SOURCE), "-o", str(unfinished)]
+    mark = f'-DSYNCACCUM_SOURCE="{_take_fingerprint(capability)}"'
+    command = [*compiler, *FLAGS, *flags, mark, str(SOURCE), "-o", str(unfinished)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return unfinished.replace(path)
 
