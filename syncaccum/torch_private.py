@@ -162,12 +162,14 @@ def set_join_settings(ddp: DistributedDataParallel, **settings: bool) -> None:
     ddp._join_config = ddp._join_config._replace(**settings)
 
 
-def saved_tensor_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+Hooks = tuple[Callable[..., Any], Callable[..., Any]]
+"""What packs a tensor that autograd saves, and what unpacks it."""
+
+
+def saved_tensor_hooks() -> Hooks | None:
     """The pack and unpack hooks that are in force in this thread."""
     # False: none while a compiler traces, as torch itself asks.
-    hooks: tuple[Callable[..., Any], Callable[..., Any]] | None = torch._C._autograd._top_saved_tensors_default_hooks(
-        False
-    )
+    hooks: Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks
 
 

@@ -69,6 +69,35 @@ class Streams:
             source.set(state)
 
 
+class Asides:
+    """Torch's generators, put aside while a micro-batch waits at a meeting inside of a checkpoint.
+
+    Its second forward draws at one go what the first one draws with meetings in between. So it goes on where it
+    stopped. Those that run meanwhile draw other numbers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._sources = list(_device_sources(model))
+        self._seeds: random.Random | None = None
+
+    def put_aside(self) -> Callable[[], None]:
+        """Begin streams that are new; what is returned goes on with those that were here."""
+        states = [source.get() for source in self._sources]
+        if self._seeds is None:
+            # From what torch.manual_seed() sets, and no draw from it:
+            # the second forward would not repeat that.
+            self._seeds = random.Random(bytes(torch.default_generator.get_state().tolist()))
+        seed = self._seeds.getrandbits(63)
+        for source in self._sources:
+            source.seed(seed)
+
+        def bring_back() -> None:
+            for source, state in zip(self._sources, states, strict=True):
+                source.set(state)
+
+        return bring_back
+
+
 def _process_sources() -> Iterator[_Source]:
     yield _Source(random.getstate, random.setstate, random.seed)
     if (numpy := sys.modules.get("numpy")) is not None:  # else nothing draws from it
