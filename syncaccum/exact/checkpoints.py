@@ -21,6 +21,7 @@ from torch import Tensor
 from syncaccum.errors import LockstepError
 from syncaccum.exact.known import KnownVisit, find_again
 from syncaccum.exact.meeting_point import Meeting, apply_parameters, normalize_side_by_side
+from syncaccum.exact.process_state import Eager
 from syncaccum.layer import surroundings
 from syncaccum.layer.memory_order import make_dense
 from syncaccum.layer.passes import apply_known
@@ -58,6 +59,11 @@ class Checkpoints:
 
     def _note(self, visit: KnownVisit, hooks: Sequence[Hooks | None]) -> None:
         """A checkpoint may come to this visit again."""
+        if not self._visits:
+            # Second forwards run as the first ones did: not compiled.
+            eager = Eager()
+            eager.enter()
+            weakref.finalize(self, eager.leave).atexit = False
         self._visits.append(visit)
         surroundings.recompute_by([visit.layer], self)
         for index, pair in enumerate(hooks):

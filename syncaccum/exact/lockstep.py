@@ -71,17 +71,19 @@ def lockstep(
         What ``forward`` returned for each micro-batch, in order.
 
     Raises:
-        LockstepError: no micro-batches; a lockstep inside another, or inside ``join``; ``torch.utils.checkpoint``
-            around a layer; layers that differ between micro-batches or ranks; DistributedDataParallel that was not
-            passed as ``model``, or that a lockstep in another thread goes through; a forward that comes to no layer
-            of a model in training, or returns a generator or a coroutine; fewer threads to be had than needed.
+        LockstepError: no micro-batches; a lockstep inside another, inside ``join`` or under
+            ``torch.utils.checkpoint``; a reentrant checkpoint around a layer, or any around parametrized weights;
+            layers that differ between micro-batches or ranks; DistributedDataParallel that was not passed as
+            ``model``, or that a lockstep in another thread goes through; a forward that comes to no layer of a
+            model in training, or returns a generator or a coroutine; fewer threads to be had than needed.
         TooFewValuesError: one value per channel in the whole global batch; a ValueError.
         NoLayersError: the model has no SyncAccumBatchNorm.
         ValueError: ``offload`` is neither None nor ``"cpu"``.
         CommitError: a peer is gone or stuck, at the group's timeout.
         Whatever ``forward`` raises for one micro-batch, as it was, or a signal's handler, as KeyboardInterrupt; the
             others are cancelled and waited for, and no window changes.
-        The backward raises LockstepError and CommitError, too: it communicates. Windows have their sums by then.
+        The backward raises LockstepError and CommitError, too: it communicates, and second forwards of checkpoints
+            may differ from the first ones. Windows have their sums by then.
 
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), with the global batch as the batch.
 

@@ -55,7 +55,8 @@ class SharedSetting:
 
     def __init__(self, prepare: Callable[[], tuple[Action, Action]]) -> None:
         self._prepare = prepare
-        self._lock = threading.Lock()
+        # Reentrant: a user may be collected, and leave, at any line in here.
+        self._lock = threading.RLock()
         self._users: set[object] = set()
         self._undo: Action | None = None
 

@@ -93,7 +93,10 @@ def recompute_by(layers: Iterable[Accumulating], participant: Repeating) -> None
 def stop_recomputing(participant: Repeating) -> None:
     """It is over, although a graph may hold it for longer."""
     for layer, references in list(_recomputed.items()):
-        _recomputed[layer] = [one for one in references if one() is not participant]
+        if others := [one for one in references if one() not in (None, participant)]:
+            _recomputed[layer] = others
+        else:
+            del _recomputed[layer]
 
 
 class TakingPart:
