@@ -1,7 +1,6 @@
 """How much memory does lockstep take with a checkpoint around each block, next to the large batch with the same ones?
 
-Each case runs in a process of its own. On a CPU its peak is the largest resident set since the forward began: torch's
-profiler does not see the threads of lockstep. On a GPU it is what torch's allocator says.
+The peak is that of a process of its own, as in ``benchmarks.equivalence.memory``. Linux alone.
 
     python -m benchmarks.checkpoint_memory
 """
@@ -9,14 +8,15 @@ profiler does not see the threads of lockstep. On a GPU it is what torch's alloc
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.equivalence.memory import ALLOCATOR, read_status
 from benchmarks.report import Figure, publish
 from syncaccum import convert_sync_accum, lockstep
 
@@ -42,46 +42,37 @@ class Block(nn.Module):
 def run(case: str) -> int:
     """Forward and backward of one window; the peak in bytes, less what was there before."""
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    blocks = nn.ModuleList(Block() for _ in range(BLOCKS)).to(device)
-    parts = list(torch.randn(MICRO_BATCHES, SAMPLES, CHANNELS, SIDE, SIDE, device=device))
-    saves = "without" not in case
+    torch.set_num_threads(1)
+    blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+    parts = list(torch.randn(MICRO_BATCHES, SAMPLES, CHANNELS, SIDE, SIDE))
+    saves, is_lockstep = "without" not in case, case.startswith("lockstep")
+    if is_lockstep:
+        convert_sync_accum(blocks)
 
     def forward(x: Tensor) -> Tensor:
         for block in blocks:
             x = checkpoint(block, x, use_reentrant=False) if saves else block(x)
         return x.square().mean()
 
-    if case.startswith("lockstep"):
-        convert_sync_accum(blocks)
-    # Libraries take their own memory in the first convolution.
-    forward(parts[0][:1]).backward()
-    blocks.zero_grad()
-    if device == "cpu":
-        before = _resident_bytes()
-    else:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    if case.startswith("lockstep"):
-        torch.stack(lockstep(blocks, forward, parts)).sum().backward()
-    else:
-        forward(torch.cat(parts)).backward()
-    if device == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    return torch.cuda.max_memory_allocated() - before
+    def step(micro_batches: list[Tensor]) -> None:
+        if is_lockstep:
+            torch.stack(lockstep(blocks, forward, micro_batches)).sum().backward()
+        else:
+            forward(torch.cat(micro_batches)).backward()
+        blocks.zero_grad()
 
-
-def _resident_bytes() -> int:
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * resource.getpagesize()
+    # Libraries take what they keep in a first, small step.
+    step([x[:1] for x in parts])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = read_status("VmRSS")
+    step(parts)
+    return read_status("VmHWM") - before
 
 
 def measure(case: str) -> int:
-    # Every tensor is mapped on its own and given back at once: so the
-    # peak has no gaps between tensors in it.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "benchmarks.checkpoint_memory", case]
-    return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    done = subprocess.run(command, env={**os.environ, **ALLOCATOR}, check=True, stdout=subprocess.PIPE)
+    return int(done.stdout)
 
 
 def main() -> None:
