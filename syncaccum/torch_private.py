@@ -173,6 +173,20 @@ def saved_tensor_hooks() -> Hooks | None:
     return hooks
 
 
+def all_saved_tensor_hooks() -> list[Hooks]:
+    """Those that are in force in this thread, and behind them those that they cover."""
+    found: list[Hooks] = []
+    try:
+        # torch shows the uppermost alone.
+        while (hooks := saved_tensor_hooks()) is not None:
+            found.append(hooks)
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+    finally:
+        for pack, unpack in reversed(found):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+    return found
+
+
 def function_modes() -> list[Any]:
     """The torch-function modes of this thread, outermost first."""
     return list(torch.overrides._get_current_function_mode_stack())  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from types import CodeType, FrameType
 from typing import Any
@@ -30,61 +30,73 @@ from syncaccum.layer.state import Accumulating
 from syncaccum.torch_private import Hooks
 
 
-def is_checkpoint(hooks: Hooks | None) -> bool:
+def is_checkpoint(hooks: Hooks) -> bool:
     """Whether hooks for saved tensors are those of a checkpoint in its first forward."""
-    return hooks is not None and getattr(hooks[0], "__module__", None) == torch.utils.checkpoint.__name__
+    return getattr(hooks[0], "__module__", None) == torch.utils.checkpoint.__name__
+
+
+def has_checkpoint(hooks: Iterable[Hooks]) -> bool:
+    """Whether those that are in force in a thread, and those behind them, are inside of a checkpoint."""
+    return any(is_checkpoint(pair) for pair in hooks)
 
 
 class Checkpoints:
     """Those of one lockstep. As a participant it normalises in their second forwards.
 
-    What their hooks have packed holds it: it lives until no backward can come any more.
+    It lives until no second forward can come any more.
     """
 
     def __init__(self) -> None:
-        self._visits: list[KnownVisit] = []
-        self._micro_batches: dict[_Identity, tuple[weakref.ref[Any], int]] = {}
-        self._taken: dict[int, KnownVisit] = {}
+        self._firsts: dict[_Identity, _First] = {}
+        self._names: dict[Accumulating, str] = {}
+        self._taken: dict[tuple[Accumulating, int], KnownVisit] = {}
 
     def meet(self, meeting: Meeting) -> Callable[[int], Tensor]:
         """What to do at a meeting."""
-        hooks = [a.hooks for a in meeting.arrivals]
-        if not any(is_checkpoint(pair) for pair in hooks):
+        if not any(has_checkpoint(a.hooks) for a in meeting.arrivals):
             return normalize_side_by_side(meeting)
         visit = KnownVisit.of(meeting, [take_sample(a.x) for a in meeting.arrivals])
-        self._note(visit, hooks)
-        inputs = _Inputs(self, visit, hooks, meeting)
+        self._names[visit.layer] = visit.name
+        surroundings.recompute_by([visit.layer], self)
+        for index, arrival in enumerate(meeting.arrivals):
+            for pair in filter(is_checkpoint, arrival.hooks):
+                self._note(visit, index, pair[1])
+        inputs = _Inputs(self, visit, meeting)
         with torch.autograd.graph.saved_tensors_hooks(inputs.pack, unpack):
             return normalize_side_by_side(replace(meeting, reduce_sums=inputs.reduce_sums))
 
-    def _note(self, visit: KnownVisit, hooks: Sequence[Hooks | None]) -> None:
-        """A checkpoint may come to this visit again."""
-        if not self._visits:
-            # Second forwards run as the first ones did: not compiled.
+    def _note(self, visit: KnownVisit, index: int, unpack: _Unpack) -> None:
+        """A micro-batch's checkpoint may come to this visit again."""
+        # While anything waits for the backward in this checkpoint,
+        # and be it not of our node.
+        _owners[unpack] = self
+        identity = _identify(unpack)
+        first = self._firsts.get(identity)
+        if first is None or first.unpack() is not unpack:
+            first = self._firsts[identity] = _First(weakref.ref(unpack), index, [])
+        first.visits.append(visit)
+
+    def await_backward(self) -> None:
+        """The forward is over. Second forwards run as the first ones did: not compiled."""
+        if self._names:
             eager = Eager()
-            eager.enter()
             weakref.finalize(self, eager.leave).atexit = False
-        self._visits.append(visit)
-        surroundings.recompute_by([visit.layer], self)
-        for index, pair in enumerate(hooks):
-            if pair is not None and is_checkpoint(pair):
-                # Weak: hooks hold what a checkpoint has kept.
-                self._micro_batches[_identify(pair[1])] = weakref.ref(pair[1]), index
+            eager.enter()
 
     def is_repeated_now(self) -> bool:
         """Whether a checkpoint of this lockstep runs its second forward."""
         return self._find_running() is not None
 
-    def _find_running(self) -> int | None:
-        """The micro-batch whose checkpoint unpacks, which is when it runs again. Only the stack tells."""
+    def _find_running(self) -> _First | None:
+        """The innermost checkpoint that unpacks, which is when it runs again. Only the stack tells."""
         frame: FrameType | None = sys._getframe()
-        codes = {identity[0] for identity in self._micro_batches}
+        codes = {identity[0] for identity in self._firsts}
         while frame is not None:
             if frame.f_code in codes:
-                reference, index = self._micro_batches.get(_identify_frame(frame), (None, 0))
-                # Else another hook may be where a dead one was.
-                if reference is not None and reference() is not None:
-                    return index
+                first = self._firsts.get(_identify_frame(frame))
+                # Else another one may be where a dead one was.
+                if first is not None and first.unpack() is not None:
+                    return first
             frame = frame.f_back
         return None
 
@@ -92,11 +104,13 @@ class Checkpoints:
         self, layer: Accumulating, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, counts: bool
     ) -> Tensor:
         """The output in a second forward, the same as in the first."""
-        index = self._find_running()
-        assert index is not None  # is_repeated_now
+        first = self._find_running()
+        assert first is not None  # is_repeated_now
+        if not any(visit.layer is layer for visit in first.visits):
+            raise LockstepError(f"layer {self._names[layer]} {_DIFFERS}")
         x = make_dense(x)
-        visit = self._visits[find_again(self._visits, layer, x, index)[0]]
-        self._taken[x.data_ptr()] = visit
+        visit = first.visits[find_again(first.visits, layer, x, first.index)[0]]
+        self._taken[layer, x.data_ptr()] = visit
         shared = (weight, bias) if visit.shares_parameters else (None, None)
         # What follows saves as the first forward did only if
         # the output wants a gradient as it did then.
@@ -105,10 +119,27 @@ class Checkpoints:
         return y if visit.shares_parameters else apply_parameters(y, weight, bias)
 
     def took(self, x: Tensor, visit: KnownVisit) -> bool:
-        """Whether the second forward that gave this input took it to the right visit; True where there was none."""
-        taken = self._taken.pop(x.data_ptr(), visit)
+        """Whether the second forward that gave this input took it to the right visit."""
+        taken = self._taken.pop((visit.layer, x.data_ptr()), visit)
         # An empty one has no address; equal statistics do as well.
         return taken is visit or x.numel() == 0 or taken.equals(visit)
+
+
+_Unpack = Callable[[Any], Any]
+
+_owners: weakref.WeakKeyDictionary[_Unpack, Checkpoints] = weakref.WeakKeyDictionary()
+"""Keeps them alive."""
+
+
+@dataclass(frozen=True)
+class _First:
+    """A checkpoint in its first forward."""
+
+    unpack: weakref.ref[_Unpack]
+    """Weak: it holds what the checkpoint has kept."""
+    index: int
+    """Of its micro-batch."""
+    visits: list[KnownVisit]
 
 
 _Identity = tuple[CodeType, tuple[int, ...]]
@@ -141,9 +172,10 @@ class _Again(torch.autograd.Function):
 class _Inputs:
     """What the node of a meeting saves: parameters as they are, each input by the hooks of its micro-batch."""
 
-    def __init__(self, owner: Checkpoints, visit: KnownVisit, hooks: Sequence[Hooks | None], meeting: Meeting) -> None:
+    def __init__(self, owner: Checkpoints, visit: KnownVisit, meeting: Meeting) -> None:
         first = meeting.arrivals[0]
         parameters = [p for p in (first.weight, first.bias) if p is not None and meeting.shares_parameters]
+        hooks = [next(iter(a.hooks), None) for a in meeting.arrivals]
         # In the order in which the node saves them.
         self._coming: list[tuple[int, Hooks | None] | None] = [*[None] * len(parameters), *enumerate(hooks)]
         # Weak: the node holds this until its graph is gone.
@@ -161,7 +193,9 @@ class _Inputs:
         index, hooks = coming
         owner = self._owner()
         assert owner is not None  # it packs
-        return _Input(self, owner, index, hooks and hooks[1], tensor if hooks is None else hooks[0](tensor))
+        if hooks is None:
+            return _Input(self, owner, index, None, tensor, repeats=False)
+        return _Input(self, owner, index, hooks[1], hooks[0](tensor), repeats=is_checkpoint(hooks))
 
     def unpack(self, saved: _Input) -> Tensor:
         try:
@@ -170,7 +204,7 @@ class _Inputs:
             self._give_up()
             raise LockstepError(f"layer {self._visit.name} {_DIFFERS}") from error
         self._distances.append(distance(x, self._visit.samples[saved.index]))
-        self._is_at_odds |= not saved.owner.took(x, self._visit)
+        self._is_at_odds |= saved.repeats and not saved.owner.took(x, self._visit)
         return x
 
     def reduce_sums(self, sums: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -190,8 +224,10 @@ class _Input:
     inputs: _Inputs
     owner: Checkpoints
     index: int
-    unpack: Callable[[Any], Tensor] | None
+    unpack: _Unpack | None
     kept: Any
+    repeats: bool
+    """Whether a second forward gives it back."""
 
 
 def unpack(packed: Any) -> Tensor:

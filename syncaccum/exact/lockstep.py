@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from syncaccum.errors import LockstepError
 from syncaccum.exact.attendance import Attendance, refuse_unfinished
 from syncaccum.exact.bystanders import Bystanders
-from syncaccum.exact.checkpoints import Checkpoints, is_checkpoint
+from syncaccum.exact.checkpoints import Checkpoints, has_checkpoint
 from syncaccum.exact.ddp import Wrappers
 from syncaccum.exact.meeting_point import MeetingPoint, Mode, make_arrival
 from syncaccum.exact.offload import HostStore
@@ -31,7 +31,6 @@ from syncaccum.exact.streams import Asides
 from syncaccum.exact.turns import Turns
 from syncaccum.layer import surroundings
 from syncaccum.layer.state import Accumulating
-from syncaccum.torch_private import saved_tensor_hooks
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -104,10 +103,12 @@ def lockstep(
     batches = list(micro_batches)
     refuse_call("lockstep", len(batches), offload)
     _refuse_around()
-    mode = Mode("lockstep", Checkpoints().meet, make_arrival, _refuse_reentrant, lambda index: None)
+    checkpoints = Checkpoints()
+    mode = Mode("lockstep", checkpoints.meet, make_arrival, _refuse_reentrant, lambda index: None)
     with HostStore().hooks() if offload else nullcontext():
         results, meeting = run_side_by_side(mode, model, forward, batches)
     meeting.keep_statistics()
+    checkpoints.await_backward()
     return results
 
 
@@ -165,7 +166,7 @@ def run_side_by_side(
         turns.run(run)
         wrappers.end()
 
-    run_under([teams, Eager(), weights, attendance, wrappers], run_all)
+    run_under([teams, Eager(), weights, attendance, asides, wrappers], run_all)
     # It ran well. Was it exact? Only then the windows may change.
     bystanders.end_turn()
     attendance.check(met=meeting.anyone_met)
@@ -187,12 +188,13 @@ class _Participant:
     def normalize(
         self, layer: Accumulating, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, counts: bool
     ) -> Tensor:
-        self.meeting.arrive(self.index, self.mode.make_arrival(layer, x, weight, bias, eps, counts))
+        arrival = self.mode.make_arrival(layer, x, weight, bias, eps, counts)
+        self.meeting.arrive(self.index, arrival)
         self.teams.release()
-        bring_back = self.asides.put_aside() if is_checkpoint(saved_tensor_hooks()) else None
-        self.turns.give_way(self.index)
-        if bring_back is not None:
-            bring_back()
+        with self.asides.while_waiting() if has_checkpoint(arrival.hooks) else nullcontext():
+            # Not held: whoever has x may want its memory.
+            del arrival
+            self.turns.give_way(self.index)
         return self.meeting.take_output(self.index)
 
 

@@ -20,7 +20,7 @@ from syncaccum.layer.policies import Normalizer
 from syncaccum.layer.state import Accumulating, committed_mean
 from syncaccum.moments import pack_statistics
 from syncaccum.ranks.groups import Group, resolve_group
-from syncaccum.torch_private import Hooks, saved_tensor_hooks
+from syncaccum.torch_private import Hooks, all_saved_tensor_hooks
 from syncaccum.window.layers import named_layers
 
 
@@ -37,8 +37,8 @@ class Arrival:
     counts: bool
     measured: Measured | None = None
     """Mean and variance, where they were measured on arrival."""
-    hooks: Hooks | None = None
-    """What saves for the backward in its thread, where that is not autograd itself."""
+    hooks: Sequence[Hooks] = ()
+    """What saves for the backward in its thread, in place of autograd itself; behind it what that covers."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def make_arrival(
     layer: Accumulating, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, counts: bool
 ) -> Arrival:
     """An arrival. Made in the thread of its micro-batch, which alone knows whether gradients are wanted."""
-    grad, hooks = torch.is_grad_enabled(), saved_tensor_hooks()
+    grad, hooks = torch.is_grad_enabled(), all_saved_tensor_hooks()
     return Arrival(layer, make_dense(x), weight, bias, eps, grad, counts, hooks=hooks)
 
 

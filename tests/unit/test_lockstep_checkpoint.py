@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gc
 import itertools
+import sys
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo import eval_frame
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -22,8 +25,10 @@ from torch.utils.checkpoint import (
 from syncaccum import LockstepError, commit, convert_sync_accum, lockstep, lookahead
 from syncaccum.exact.checkpoints import Checkpoints
 from syncaccum.layer import surroundings
-from syncaccum.torch_private import runs_in_backward
+from syncaccum.torch_private import all_saved_tensor_hooks, runs_in_backward
+from tests.unit.interrupts import Interrupt
 from tests.unit.test_lockstep import assert_same_gradients, images, pair
+from tests.unit.test_lockstep_faults import Line, parts_of, trace_lines
 from tests.unit.test_lookahead_faults import Shared
 from tests.unit.test_offload import run_offloaded
 
@@ -122,8 +127,8 @@ def compare(model: nn.Module, reference: nn.Module, parts: list[Tensor], outputs
     torch.testing.assert_close(torch.cat(grads), whole.grad, rtol=1e-9, atol=1e-12)  # as of parameters
 
 
-def leaves(*sizes: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    return [x.requires_grad_() for x in images(*sizes, dtype=dtype)]
+def leaves(*sizes: int) -> list[Tensor]:
+    return [x.requires_grad_() for x in images(*sizes)]
 
 
 @pytest.mark.usefixtures("both_passes")
@@ -189,6 +194,70 @@ def test_nested_checkpoints_around_layers_visited_twice(depth: int, early_stop: 
         expected = reference(expected)
     loss_of(torch.cat(outputs)).backward()
     loss_of(expected).backward()
+    assert_same_gradients(model, reference)
+    torch.testing.assert_close(torch.cat([p.grad for p in parts]), whole.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_an_outer_checkpoint_that_is_asked_before_the_inner_one() -> None:
+    def call(block: nn.Module, x: Tensor) -> Tensor:
+        # Its own tanh needs the inner one's output.
+        y: Tensor = checkpoint(lambda x: torch.tanh(around(block, x)), x, use_reentrant=False)
+        return y
+
+    model, reference = blocks(call)
+    reference.call = lambda block, x: torch.tanh(block(x))
+    for _ in range(2):
+        parts = leaves(2, 3)
+        compare(model, reference, parts, lockstep(model, model, parts))
+
+
+def test_a_layer_that_wants_no_gradient_before_one_that_does() -> None:
+    model, reference = pair(
+        lambda: nn.Sequential(nn.BatchNorm2d(2, affine=False), nn.Sigmoid(), nn.Conv2d(2, 2, 1), nn.Tanh())
+    )
+    parts = images(2, 3)
+    outputs = lockstep(model, lambda x: around(model, x), parts)
+    gc.collect()
+    loss_of(torch.cat(outputs)).backward()
+    loss_of(reference(torch.cat(parts))).backward()
+    assert_same_gradients(model, reference)
+
+
+def test_other_hooks_inside_of_a_checkpoint() -> None:
+    class Saved(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autograd.graph.save_on_cpu():
+                y: Tensor = super().forward(x)
+            return y.tanh()
+
+    model, reference = pair(lambda: Saved(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)))
+    parts = leaves(2, 3)
+    outputs = lockstep(model, lambda x: around(model, x), parts)
+    whole = torch.cat([p.detach() for p in parts]).requires_grad_()
+    loss_of(torch.cat(outputs)).backward()
+    loss_of(reference(whole)).backward()
+    assert_same_gradients(model, reference)
+    torch.testing.assert_close(torch.cat([p.grad for p in parts]), whole.grad, rtol=1e-9, atol=1e-12)
+
+
+class Twins(nn.Module):
+    """Two layers for one input, which differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm2d(2, eps=1e-5), nn.BatchNorm2d(2, eps=0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x).sin() * self.second(x)
+
+
+def test_two_layers_that_take_one_input() -> None:
+    model, reference = pair(Twins)
+    parts = leaves(2, 3)
+    outputs = lockstep(model, lambda x: around(model, x), parts)
+    whole = torch.cat([p.detach() for p in parts]).requires_grad_()
+    loss_of(torch.cat(outputs)).backward()
+    loss_of(reference(whole)).backward()
     assert_same_gradients(model, reference)
     torch.testing.assert_close(torch.cat([p.grad for p in parts]), whole.grad, rtol=1e-9, atol=1e-12)
 
@@ -428,6 +497,113 @@ def test_parametrized_weights_inside_are_refused() -> None:
     # Computed outside it is as any other weight.
     outputs = lockstep(model, lambda x: around(model[1], model[0](x)), images(2, 3))
     torch.cat(outputs).square().sum().backward()
+
+
+class Swapped(nn.Module):
+    """Comes to the other of two layers the second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(2) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norms[runs_in_backward()](x)
+        return y.tanh()
+
+
+def test_a_second_forward_that_comes_to_another_layer_is_an_error_that_names_it() -> None:
+    model, _ = pair(Swapped)
+    outputs = lockstep(model, lambda x: around(model.norms[1], around(model, x)), leaves(2, 3))
+    with pytest.raises(LockstepError, match=r"layer norms\.1 saw other values in a checkpoint's second forward"):
+        loss_of(torch.cat(outputs)).backward()
+
+
+# --- what is left ---------------------------------------------------------------------------------------------
+
+
+def test_random_numbers_afterwards_do_not_depend_on_how_many_micro_batches_there_were() -> None:
+    def draw(*sizes: int) -> float:
+        torch.manual_seed(0)
+        lockstep(model, lambda x: around(model, x), parts_of(*sizes))
+        return float(torch.rand(()))
+
+    model, _ = pair(lambda: nn.BatchNorm1d(4))
+    assert draw(6) == draw(3, 3) == draw(3, 2, 1)
+
+
+def test_masks_are_others_in_the_next_window() -> None:
+    model, _ = blocks()
+    parts = images(0, 2)  # an empty one draws nothing
+    for _ in range(2):
+        lockstep(model, model, parts)
+    first, second = (m for m in model.blocks[2].masks[0].noted if len(m))
+    assert not torch.equal(first, second)
+
+
+class BoomError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_an_error_inside_leaves_nothing(failing: int) -> None:
+    model, _ = blocks()
+    calls = itertools.count()
+
+    def call(block: nn.Module, x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            y: Tensor = block(x)
+            # Of the second block, at which all are inside.
+            if next(calls) == 3 + failing:
+                raise BoomError
+            return y
+
+        return checkpoint(run, x, use_reentrant=False)
+
+    model.call = call
+    with pytest.raises(BoomError):
+        lockstep(model, model, images(2, 3, 1))
+    assert all_saved_tensor_hooks() == []
+    assert eval_frame._stance.stance == "default"
+    assert model.stem[1].window.count == 0
+    model.call = around
+    lockstep(model, model, images(2, 3, 1))
+    assert model.stem[1].window.count > 0
+
+
+def test_an_interrupt_before_any_line_leaves_all_or_nothing() -> None:
+    model, _ = pair(lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    parts = parts_of(3, 3)
+
+    def traced(arrive: Callable[[Line], None]) -> None:
+        tracer = sys.gettrace()
+        sys.settrace(trace_lines(arrive))
+        try:
+            lockstep(model, lambda x: around(model, x), parts)
+        finally:
+            sys.settrace(tracer)
+
+    def interrupt_at(line: Line) -> Callable[[Line], None]:
+        def arrive(at: Line) -> None:
+            if at == line:
+                raise Interrupt
+
+        return arrive
+
+    lines: list[Line] = []
+    traced(lines.append)
+    model[1].discard()
+    kept: list[int] = []
+    for line in (line for line in lines if line.runs < 3):
+        with suppress(Interrupt):
+            traced(interrupt_at(line))
+        assert all_saved_tensor_hooks() == []
+        if eval_frame._stance.stance != "default":
+            gc.collect()  # the error held the graph
+        assert eval_frame._stance.stance == "default"
+        kept.append(int(model[1].window.count))
+        model[1].discard()
+    # Before some line nothing is kept, after it all.
+    assert set(kept) == {0, 6}
 
 
 def test_memory_of_a_block_is_given_back_with_its_backward() -> None:
