@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -195,6 +195,12 @@ def function_modes() -> list[Any]:
 def dispatch_modes() -> list[Any]:
     """The torch-dispatch modes of this thread, outermost first."""
     return list(dispatch._get_current_dispatch_mode_stack())
+
+
+def without_dispatch_modes() -> AbstractContextManager[Any]:
+    """A context in which they see no operators."""
+    # Without any there is nothing to do, and much to import.
+    return dispatch._disable_current_modes() if dispatch_modes() else nullcontext()
 
 
 def is_watched() -> bool:

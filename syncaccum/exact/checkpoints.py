@@ -27,7 +27,7 @@ from syncaccum.layer.memory_order import make_dense
 from syncaccum.layer.passes import apply_known
 from syncaccum.layer.samples import distance, take_sample
 from syncaccum.layer.state import Accumulating
-from syncaccum.torch_private import Hooks
+from syncaccum.torch_private import Hooks, without_dispatch_modes
 
 
 def is_checkpoint(hooks: Hooks) -> bool:
@@ -109,13 +109,14 @@ class Checkpoints:
         if not any(visit.layer is layer for visit in first.visits):
             raise LockstepError(f"layer {self._names[layer]} {_DIFFERS}")
         x = make_dense(x)
-        visit = first.visits[find_again(first.visits, layer, x, first.index)[0]]
-        self._taken[layer, x.data_ptr()] = visit
-        shared = (weight, bias) if visit.shares_parameters else (None, None)
-        # What follows saves as the first forward did only if
-        # the output wants a gradient as it did then.
-        anchor = torch.empty(0, requires_grad=visit.wants_gradient)
-        y: Tensor = _Again.apply(visit, x, *shared, anchor)  # type: ignore[no-untyped-call]
+        with without_dispatch_modes():
+            visit = first.visits[find_again(first.visits, layer, x, first.index)[0]]
+            self._taken[layer, x.data_ptr()] = visit
+            shared = (weight, bias) if visit.shares_parameters else (None, None)
+            # What follows saves as the first forward did only if
+            # the output wants a gradient as it did then.
+            anchor = torch.empty(0, requires_grad=visit.wants_gradient)
+            y: Tensor = _Again.apply(visit, x, *shared, anchor)  # type: ignore[no-untyped-call]
         return y if visit.shares_parameters else apply_parameters(y, weight, bias)
 
     def took(self, x: Tensor, visit: KnownVisit) -> bool:

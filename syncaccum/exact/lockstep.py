@@ -31,6 +31,7 @@ from syncaccum.exact.streams import Asides
 from syncaccum.exact.turns import Turns
 from syncaccum.layer import surroundings
 from syncaccum.layer.state import Accumulating
+from syncaccum.torch_private import without_dispatch_modes
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -189,11 +190,13 @@ class _Participant:
         self, layer: Accumulating, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, counts: bool
     ) -> Tensor:
         arrival = self.mode.make_arrival(layer, x, weight, bias, eps, counts)
-        self.meeting.arrive(self.index, arrival)
+        is_repeated = has_checkpoint(arrival.hooks)
+        # A selective one counts operators, to know them again.
+        with without_dispatch_modes() if is_repeated else nullcontext():
+            self.meeting.arrive(self.index, arrival)
+        del arrival  # the meeting alone holds it
         self.teams.release()
-        with self.asides.while_waiting() if has_checkpoint(arrival.hooks) else nullcontext():
-            # Not held: whoever has x may want its memory.
-            del arrival
+        with self.asides.while_waiting() if is_repeated else nullcontext():
             self.turns.give_way(self.index)
         return self.meeting.take_output(self.index)
 

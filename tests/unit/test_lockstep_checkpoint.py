@@ -375,11 +375,14 @@ def test_checkpoints_outside_of_lockstep_meanwhile_are_the_layers_own() -> None:
     assert_same_gradients(model, reference)
 
 
-def test_selective_checkpoints_keep_what_they_are_told_to() -> None:
+@pytest.mark.usefixtures("both_passes")
+@pytest.mark.parametrize("all_operators", [False, True])
+def test_selective_checkpoints_keep_what_they_are_told_to(all_operators: bool) -> None:
     kept: list[Any] = []
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if operator is torch.ops.aten.convolution.default:
+        is_kept = operator is not torch.ops.aten.relu_.default  # torch would not write to its input again
+        if is_kept if all_operators else operator is torch.ops.aten.convolution.default:
             kept.append(operator)
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE

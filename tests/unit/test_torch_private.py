@@ -215,6 +215,10 @@ def test_dispatch_modes_are_seen_and_put_in_force() -> None:
     mode.calls = 0
     with torch_private.in_dispatch_mode(mode):
         torch.add(torch.ones(1), 1)
+        with torch_private.without_dispatch_modes():
+            torch.add(torch.ones(1), 1)
+            assert torch_private.dispatch_modes() == []
+        assert torch_private.dispatch_modes() == [mode]
     assert mode.calls == 2
     assert torch_private.dispatch_modes() == []
 
