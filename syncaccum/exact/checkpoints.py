@@ -21,7 +21,7 @@ from torch import Tensor
 from syncaccum.errors import LockstepError
 from syncaccum.exact.known import KnownVisit, find_again
 from syncaccum.exact.meeting_point import Meeting, apply_parameters, normalize_side_by_side
-from syncaccum.exact.process_state import Eager
+from syncaccum.exact.process_state import Eager, set_while_alive
 from syncaccum.layer import surroundings
 from syncaccum.layer.memory_order import make_dense
 from syncaccum.layer.passes import apply_known
@@ -79,9 +79,7 @@ class Checkpoints:
     def await_backward(self) -> None:
         """The forward is over. Second forwards run as the first ones did: not compiled."""
         if self._names:
-            eager = Eager()
-            weakref.finalize(self, eager.leave).atexit = False
-            eager.enter()
+            set_while_alive(Eager(), self)
 
     def is_repeated_now(self) -> bool:
         """Whether a checkpoint of this lockstep runs its second forward."""

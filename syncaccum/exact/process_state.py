@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
@@ -38,6 +39,20 @@ def run_under(settings: Sequence[Setting], function: Callable[[], R]) -> R:
     except BaseException:
         # Again, because a signal may have interrupted the first.
         _leave(settings)
+        raise
+
+
+def set_while_alive(setting: Setting, owner: object) -> None:
+    """Make a setting, and take it back when nothing holds the owner any more."""
+    weakref.finalize(owner, _leave_surely, setting).atexit = False
+    setting.enter()
+
+
+def _leave_surely(setting: Setting) -> None:
+    try:
+        setting.leave()
+    except BaseException:
+        setting.leave()
         raise
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
 import itertools
 import sys
@@ -39,6 +41,8 @@ pytestmark = pytest.mark.usefixtures("no_thread_is_left", "nothing_is_left")
 def nothing_is_left() -> Iterator[None]:
     """No second forward is waited for once the graphs are gone."""
     yield
+    # After an error torch holds what was still to be walked, until the next backward.
+    torch.ones(1, requires_grad=True).sin().backward()
     gc.collect()
     assert not [o for o in gc.get_objects() if isinstance(o, Checkpoints)]
     assert not [one for references in surroundings._recomputed.values() for one in references if one() is not None]
@@ -146,16 +150,17 @@ def test_gradients_are_those_of_the_whole_batch_with_dropout_inside(sizes: tuple
         torch.testing.assert_close(mine, its)
 
 
+@pytest.mark.usefixtures("both_passes")
 def test_a_mean_of_many_standard_deviations() -> None:
-    model, reference = pair(lambda: nn.BatchNorm2d(2), torch.float32)
-    parts = [(x + 1e4).requires_grad_() for x in images(3, 2, dtype=torch.float32)]
-    whole = torch.cat([p.detach() for p in parts]).requires_grad_()
-    outputs = lockstep(model, lambda x: around(model, x).exp(), parts)
-    torch.cat(outputs).square().sum().backward()
-    reference(whole).exp().square().sum().backward()
-    assert whole.grad is not None
-    # float32 holds such values to 1e-3 of their deviation; the input's own rounding is in both.
-    torch.testing.assert_close(torch.cat([p.grad for p in parts]), whole.grad, rtol=2e-3, atol=2e-3)
+    model, _ = pair(lambda: nn.Sequential(nn.BatchNorm2d(2), nn.Sigmoid()), torch.float32)
+    grads = []
+    for call in (around, lambda model, x: model(x)):
+        torch.manual_seed(0)
+        parts = [(x + 1e4).requires_grad_() for x in images(3, 2, dtype=torch.float32)]
+        torch.cat(lockstep(model, functools.partial(call, model), parts)).square().sum().backward()
+        grads.append(torch.cat([p.grad for p in parts]))
+    assert grads[0].abs().max() > 0.01
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -361,7 +366,8 @@ def test_two_locksteps_walked_together() -> None:
 
 
 def test_checkpoints_outside_of_lockstep_meanwhile_are_the_layers_own() -> None:
-    model, reference = pair(lambda: nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, affine=False), nn.Tanh()))
+    reference = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, affine=False), nn.Tanh()).double()
+    model = convert_sync_accum(copy.deepcopy(reference), normalization="batch")
     x, parts = images(4)[0], images(2, 3)
     outputs = lockstep(model, lambda part: around(model, part), parts)
     loss_of(around(model, x)).backward()
@@ -587,8 +593,9 @@ def test_an_interrupt_before_any_line_leaves_all_or_nothing() -> None:
     def traced(arrive: Callable[[Line], None]) -> None:
         tracer = sys.gettrace()
         sys.settrace(trace_lines(arrive))
+        results: list[Tensor] = []
         try:
-            lockstep(model, lambda x: around(model, x), parts)
+            results += lockstep(model, lambda x: around(model, x), parts)
         finally:
             sys.settrace(tracer)
 
