@@ -56,9 +56,10 @@ def run(case: str) -> int:
 
     def step(micro_batches: list[Tensor]) -> None:
         if is_lockstep:
-            torch.stack(lockstep(blocks, forward, micro_batches)).sum().backward()
+            loss = torch.stack(lockstep(blocks, forward, micro_batches)).sum()
         else:
-            forward(torch.cat(micro_batches)).backward()
+            loss = forward(torch.cat(micro_batches))
+        torch.autograd.backward(loss)
         blocks.zero_grad()
 
     # Libraries take what they keep in a first, small step.

@@ -198,7 +198,7 @@ class _Inputs:
 
     def unpack(self, saved: _Input) -> Tensor:
         try:
-            x = saved.kept if saved.unpack is None else saved.unpack(saved.kept)
+            x: Tensor = saved.kept if saved.unpack is None else saved.unpack(saved.kept)
         except torch.utils.checkpoint.CheckpointError as error:
             self._give_up()
             raise LockstepError(f"layer {self._visit.name} {_DIFFERS}") from error

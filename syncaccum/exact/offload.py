@@ -89,7 +89,7 @@ def _identify(tensor: Tensor) -> Hashable:
     if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
         return object()  # its values are not simply those in its memory
     # While the key lives, no other storage takes this one's place.
-    storage = StorageWeakRef(tensor.untyped_storage())
+    storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
     return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, version_of(tensor)
 
 

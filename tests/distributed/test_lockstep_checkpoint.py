@@ -27,7 +27,7 @@ def gather_masks(model: nn.Module) -> None:
             masks.noted = [mask for noted in everyones for mask in noted]
 
 
-def check_against_the_whole_batch(rank: Rank, **settings: bool) -> None:
+def check_against_the_whole_batch(rank: Rank, **settings: Any) -> None:
     torch.manual_seed(0)
     model, reference = blocks()
     ddp = DistributedDataParallel(model, **settings)

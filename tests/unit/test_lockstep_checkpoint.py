@@ -529,7 +529,8 @@ class Swapped(nn.Module):
 
 def test_a_second_forward_that_comes_to_another_layer_is_an_error_that_names_it() -> None:
     model, _ = pair(Swapped)
-    outputs = lockstep(model, lambda x: around(model.norms[1], around(model, x)), leaves(2, 3))
+    norms: Any = model.norms
+    outputs = lockstep(model, lambda x: around(norms[1], around(model, x)), leaves(2, 3))
     with pytest.raises(LockstepError, match=r"layer norms\.1 saw other values in a checkpoint's second forward"):
         loss_of(torch.cat(outputs)).backward()
 
