@@ -210,9 +210,10 @@ class _Inputs:
         """Everyone's sums, once all inputs have come back, and only if they are the right ones. Collective."""
         distances, self._distances = self._distances, []
         # Not `<= 1`: NaN came of NaN in both.
-        if self._is_at_odds or bool((torch.stack(distances) > 1).any()):
+        differs = bool((torch.stack(distances) > 1).any())
+        if differs or self._is_at_odds:
             self._give_up()
-            raise LockstepError(f"layer {self._visit.name} {_DIFFERS}")
+            raise LockstepError(f"layer {self._visit.name} {_DIFFERS if differs else _ALIKE}")
         return sums if self._reduce_sums is None else self._reduce_sums(sums)
 
 
@@ -235,6 +236,10 @@ def unpack(packed: Any) -> Tensor:
     return tensor
 
 
+_ALIKE = (
+    "is visited several times in one checkpoint, with values that look alike: its second forward cannot tell them "
+    "apart. Give each visit a checkpoint of its own. Gradients are wrong: zero_grad(), and do not step"
+)
 _DIFFERS = (
     "saw other values in a checkpoint's second forward than in the first: both must do the same. It may draw random "
     "numbers that torch.utils.checkpoint does not repeat, or depend on what has changed since. Gradients are wrong: "

@@ -504,6 +504,26 @@ def test_a_backward_inside_of_a_second_forward_is_refused() -> None:
         loss_of(torch.cat(outputs)).backward()
 
 
+class Alike(nn.Module):
+    """Comes to its layer twice, with other values where no sample is taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_sampled = torch.arange(24).view(6, 4) % 3 == 0  # 8 of 24
+        y: Tensor = self.norm(x).sin() * self.norm(torch.where(is_sampled, x, -2 * x))
+        return y
+
+
+def test_visits_of_one_checkpoint_that_look_alike_are_an_error_that_names_the_layer() -> None:
+    model, _ = pair(Alike)
+    outputs = lockstep(model, lambda x: around(model, x), parts_of(6, 6))
+    with pytest.raises(LockstepError, match=r"layer norm is visited several times in one checkpoint.* look alike"):
+        loss_of(torch.cat(outputs)).backward()
+
+
 def test_parametrized_weights_inside_are_refused() -> None:
     model, _ = pair(
         lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 2, 1)), nn.BatchNorm2d(2))
