@@ -220,6 +220,13 @@ def normalize_together(
     return _apply_normalize(norm, measured, weight, bias, reduce_sums, None, *xs)
 
 
+def apply_known(x: Tensor, measured: Measured, weight: Tensor | None, bias: Tensor | None, norm: Normalizer) -> Tensor:
+    """The output of one dense micro-batch with known statistics, and no graph."""
+    if native.takes(x, weight, bias):
+        return native.apply(x, norm, weight, bias)
+    return apply_normalizer(x, measured, weight, bias, norm, _narrow(norm, x))
+
+
 def _apply_normalize(*args: Any) -> tuple[Tensor, ...]:
     return cast(tuple[Tensor, ...], _Normalize.apply(*args))  # type: ignore[no-untyped-call]
 

@@ -162,6 +162,23 @@ def test_the_innermost_saved_tensor_hooks() -> None:
         assert torch_private.saved_tensor_hooks() == (pack, unpack)
 
 
+def test_all_saved_tensor_hooks_stay_in_force() -> None:
+    def packs(tensor: Tensor) -> Tensor:
+        return tensor
+
+    def unpacks(tensor: Tensor) -> Tensor:
+        return tensor * 2
+
+    saving, both = torch.autograd.graph.saved_tensors_hooks, [(packs, unpacks), (packs, packs)]
+    assert torch_private.all_saved_tensor_hooks() == []
+    with saving(packs, packs):
+        with saving(packs, unpacks):
+            for _ in range(2):
+                assert torch_private.all_saved_tensor_hooks() == both
+        assert torch_private.all_saved_tensor_hooks() == both[1:]
+    assert torch_private.all_saved_tensor_hooks() == []
+
+
 class _FunctionMode(TorchFunctionMode):
     calls = 0
 
@@ -198,6 +215,10 @@ def test_dispatch_modes_are_seen_and_put_in_force() -> None:
     mode.calls = 0
     with torch_private.in_dispatch_mode(mode):
         torch.add(torch.ones(1), 1)
+        with torch_private.without_dispatch_modes():
+            torch.add(torch.ones(1), 1)
+            assert torch_private.dispatch_modes() == []
+        assert torch_private.dispatch_modes() == [mode]
     assert mode.calls == 2
     assert torch_private.dispatch_modes() == []
 
