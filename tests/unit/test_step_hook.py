@@ -104,6 +104,20 @@ def test_the_handle_is_a_context(commits: list[list[str]]) -> None:
     assert len(commits) == 1
 
 
+def test_the_handle_keeps_the_last_commits_report() -> None:
+    model = make_model()
+    optimizer = sgd(model)
+    handle = commit_on_step(model, optimizer)
+    assert handle.report is None
+    for _ in range(2):
+        backward(model)
+    optimizer.step()
+    assert handle.report.values == {"1": 8}
+    backward(model)
+    optimizer.step()
+    assert handle.report.values == {"1": 4}
+
+
 # --- which steps are seen ---------------------------------------------------------------------------------------
 
 
