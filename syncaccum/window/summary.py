@@ -101,11 +101,11 @@ def summary(model: nn.Module) -> Summary:
             \Bigl(\tfrac12 \ln \frac{v\,n/(n-1) + \epsilon}{\sigma^2 + \epsilon}\Bigr)^2}
 
     The first is in running standard deviations. The second is about the relative difference of the two deviations: 0.1
-    is 10 %. Both are 0 where nothing differs, and about :math:`1/\sqrt n` and :math:`1/\sqrt{2n}` by chance alone, where
-    values are independent; neighbours in an image are not. They are None where the window is empty, where the running
-    statistics are still the 0 and 1 of a new layer, and the second for a single value.
+    is 10 %. Both are 0 where nothing differs. By chance alone they are about :math:`1/\sqrt n` and
+    :math:`1/\sqrt{2n}`, if values are independent; neighbours in an image are not. They are None where the window is
+    empty and where the running statistics are still the 0 and 1 of a new layer, and the second for a single value.
 
-    Settings that all layers share are above the table. ``str()`` of it, and so ``print``, is laid out by rich where that
+    Settings that all layers share are above the table. Its text, as ``print`` shows it, is laid out by rich where that
     is installed.
 
     Args:

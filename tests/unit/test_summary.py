@@ -26,8 +26,6 @@ from syncaccum.layer import native
 from tests.oracle import Snapshot, assert_unchanged, concatenate, take_snapshot
 
 
-
-
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if rich were not installed, in a terminal of 80 columns."""
