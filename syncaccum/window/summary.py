@@ -203,7 +203,7 @@ def _widen(buffer: Tensor | None) -> Tensor:
 
 def _build_page(table: Summary) -> Page:
     layers = table.layers
-    texts = {
+    texts: dict[str, list[str]] = {
         "mode": [layer.mode for layer in layers],
         "policy": [layer.policy for layer in layers],
         "momentum": ["average" if layer.momentum is None else f"{layer.momentum:g}" for layer in layers],

@@ -54,7 +54,7 @@ def test_text_by_rich_says_what_the_plain_one_says(monkeypatch: pytest.MonkeyPat
 
 def test_a_terminal_too_narrow_for_the_figures_gets_longer_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "30")
-    table = summary(make_model("a_long_name.of_a_layer"))
+    table = summary(make_model("a_long_name_of_a_layer_that_is_to_be_folded"))
     by_rich = str(table)
     assert "1,200" in by_rich
     assert "…" not in by_rich

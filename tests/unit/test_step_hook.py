@@ -107,7 +107,7 @@ def test_the_handle_is_a_context(commits: list[list[str]]) -> None:
 def test_the_handle_keeps_the_last_commits_report() -> None:
     model = make_model()
     optimizer = sgd(model)
-    handle = commit_on_step(model, optimizer)
+    handle: Any = commit_on_step(model, optimizer)
     assert handle.report is None
     for _ in range(2):
         backward(model)
