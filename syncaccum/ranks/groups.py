@@ -73,9 +73,13 @@ def describe_group(group: Group) -> str:
     if group is None:
         return "this process alone"
     try:
-        return f"{dist.get_backend(group)}, {_count_ranks(group.size())}"
+        backend: str = dist.get_backend(group)
     except ValueError:  # torch knows it no more
         return "destroyed"
+    if backend == "undefined":
+        # Nobody chose one, so each kind of device has its own.
+        backend = dist.get_backend_config(group)
+    return f"{backend}, {_count_ranks(group.size())}"
 
 
 def _count_ranks(size: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from torch import nn
@@ -10,7 +10,6 @@ from torch import nn
 from syncaccum.errors import CommitError, NoLayersError
 from syncaccum.layer.state import Accumulating, has_statistics, match_width
 from syncaccum.ranks.groups import Group, resolve_group
-from syncaccum.torch_private import BatchNormBase
 
 NamedLayer = tuple[str, Accumulating]
 R = TypeVar("R")
@@ -47,34 +46,20 @@ def tracking_layers(model: nn.Module) -> list[NamedLayer]:
 
 def named_layers(model: nn.Module) -> list[NamedLayer]:
     """All SyncAccumBatchNorm layers of a model with their names, in module order, each once."""
-    layers = [
-        (name or type(module).__name__, module) for name, module in _walk(model) if isinstance(module, Accumulating)
-    ]
+    layers: list[NamedLayer] = []
+    wrapped: set[str] = set()
+    for name, module in model.named_modules():
+        # named_modules comes to a wrapper before what is in it.
+        if type(module).__name__ in _WRAPPERS:
+            wrapped.add(f"{name}.{_WRAPPERS[type(module).__name__]}".removeprefix("."))
+        if isinstance(module, Accumulating):
+            layers.append((_unwrap_name(name, wrapped) or type(module).__name__, module))
     if not layers:
         raise NoLayersError(
             f"{type(model).__name__} has no SyncAccumBatchNorm layer: call convert_sync_accum(model) first "
             "(torch's SyncBatchNorm.convert_sync_batchnorm undoes it)"
         )
     return layers
-
-
-def names_of_others(model: nn.Module) -> list[str]:
-    """The names of the BatchNorm layers that are not converted, in module order, each once."""
-    return [
-        name or type(module).__name__
-        for name, module in _walk(model)
-        if isinstance(module, BatchNormBase) and not isinstance(module, Accumulating)
-    ]
-
-
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Each module of a model once, with its name as it is without wrappers."""
-    wrapped: set[str] = set()
-    for name, module in model.named_modules():
-        # named_modules comes to a wrapper before what is in it.
-        if type(module).__name__ in _WRAPPERS:
-            wrapped.add(f"{name}.{_WRAPPERS[type(module).__name__]}".removeprefix("."))
-        yield _unwrap_name(name, wrapped), module
 
 
 def _unwrap_name(name: str, wrapped: set[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,8 +15,8 @@ from syncaccum.layer.accumulate import is_counted
 from syncaccum.layer.state import Accumulating, commit_momentum, has_statistics, tracks
 from syncaccum.moments import Moments
 from syncaccum.ranks.groups import describe_group
-from syncaccum.torch_private import buffers_of, has_no_values, parameters_of
-from syncaccum.window.layers import NamedLayer, named_layers, names_of_others
+from syncaccum.torch_private import BatchNormBase, buffers_of, has_no_values, parameters_of
+from syncaccum.window.layers import NamedLayer, named_layers
 from syncaccum.window.table import Column, Page, make_renderables, render_page
 
 Mode = Literal["accumulates", "eval", "not counted", "untracked", "normalises itself"]
@@ -71,7 +71,7 @@ class Summary:
 
     Attributes:
         layers: one for each, in module order.
-        not_converted: names of the model's other BatchNorm layers.
+        not_converted: the model's other BatchNorm layers, as ``named_modules`` names them.
         cpu_passes: for what processor the passes for CPUs were compiled, or why they are torch's; as the doctor says.
     """
 
@@ -129,7 +129,13 @@ def summary(model: nn.Module) -> Summary:
         # A layer and its copy.copy have one window.
         by_window.setdefault(id(layer._accumulation), (name, layer))
     layers = tuple(_describe_layer(name, layer) for name, layer in by_window.values())
-    return Summary(layers, tuple(names_of_others(model)), native.which())
+    return Summary(layers, tuple(_name_others(model)), native.which())
+
+
+def _name_others(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if isinstance(module, BatchNormBase) and not isinstance(module, Accumulating):
+            yield name
 
 
 def _describe_layer(name: str, layer: Accumulating) -> LayerSummary:

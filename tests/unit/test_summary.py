@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -90,6 +92,12 @@ def test_names_are_those_without_wrappers() -> None:
 
 def test_a_process_group_is_named(group: None) -> None:
     assert summary(make_model()).layers[0].group == "gloo, 1 rank"
+
+
+def test_a_group_without_a_chosen_backend_is_named_by_those_of_its_devices() -> None:
+    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    assert re.fullmatch(r"cpu:gloo(,\w+:\w+)*, 1 rank", summary(make_model()).layers[0].group)
+    dist.destroy_process_group()
 
 
 # --- what a forward does now -----------------------------------------------------------------------------------
