@@ -45,6 +45,34 @@ class CommitReport:
     ranks: int
     seconds: float
 
+    def as_dict(self, prefix: str = "syncaccum/") -> dict[str, float]:
+        """The report as numbers under short names, for TensorBoard, Weights & Biases and Lightning's loggers.
+
+        ``layers`` and ``left_alone``: how many took up the global batch, and how many saw none. ``min_values`` and
+        ``max_values``: the values per channel of the former. ``ranks``, ``seconds``.
+
+        Args:
+            prefix: comes before each name.
+
+        Example::
+
+            >>> model = syncaccum.convert_sync_accum(model)
+            >>> x, y = micro_batches[0]
+            >>> loss_fn(model(x), y).backward()
+            >>> sorted(commit(model).as_dict(prefix=""))
+            ['layers', 'left_alone', 'max_values', 'min_values', 'ranks', 'seconds']
+        """
+        seen = [count for count in self.values.values() if count > 0]
+        numbers = {
+            "layers": len(self.layers),
+            "left_alone": len(self.values) - len(seen),
+            "min_values": min(seen, default=0),
+            "max_values": max(seen, default=0),
+            "ranks": self.ranks,
+            "seconds": self.seconds,
+        }
+        return {f"{prefix}{name}": number for name, number in numbers.items()}
+
 
 def commit(model: nn.Module, *, timeout: float | timedelta | None = None) -> CommitReport:
     r"""Fold the open windows of every layer, over all ranks, into the running statistics.

@@ -41,6 +41,25 @@ def test_report_names_layers_values_ranks_and_seconds() -> None:
     assert report.seconds > 0
 
 
+def test_a_report_is_numbers_under_a_prefix_for_loggers() -> None:
+    model = small_model()
+    model.append(convert_sync_accum(nn.BatchNorm1d(3).double()))
+    model[0](torch.randn(4, 3, 5).double())
+    model[1](torch.randn(2, 3).double())
+    report = commit(model)
+    assert report.as_dict() == {
+        "syncaccum/layers": 2,
+        "syncaccum/left_alone": 1,
+        "syncaccum/min_values": 2,
+        "syncaccum/max_values": 20,
+        "syncaccum/ranks": 1,
+        "syncaccum/seconds": report.seconds,
+    }
+    nothing = commit(model).as_dict(prefix="")
+    assert (nothing["layers"], nothing["left_alone"]) == (0, 3)
+    assert (nothing["min_values"], nothing["max_values"]) == (0, 0)
+
+
 def test_layers_that_saw_nothing_are_left_alone() -> None:
     model = small_model()
     model[0](torch.randn(4, 3).double())
