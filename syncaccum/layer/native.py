@@ -133,9 +133,11 @@ def gradients_of(
 
 def _places(found: Tensor, recipe: Recipe) -> _Addresses:
     """Where center, scale, gain and offset are."""
-    size = found.numel() - 1
-    center, scale, gain, offset = (found.data_ptr() + 8 + k * size for k in (4, 5, 6, 7))
-    return (center, scale, gain, offset) if recipe.policy == RENORM else (center, scale, 0, 0)
+    # 8 C numbers of 8 bytes, the first one aside.
+    step = found.numel() - 1
+    center = found.data_ptr() + 8 + 4 * step
+    is_renorm = recipe.policy == RENORM
+    return center, center + step, is_renorm and center + 2 * step, is_renorm and center + 3 * step
 
 
 def measure(x: Tensor) -> Tensor:

@@ -47,13 +47,16 @@ class _Visit:
         assert ledger is not None
         self._ledger, self._eps = ledger, eps
         self._samples, self._of_sample = x.shape[0], _values_of_sample(x)
+        has_values = not has_no_values(x)
         # Transforms of torch.func, and shapes alone, have no books.
-        is_plain = not (is_transformed() or has_no_values(x))
+        is_plain = has_values and not is_transformed()
         self._layer = layer if is_plain and runs_in_backward() else None
         # Where a checkpoint may run this again. If it is the reentrant one,
         # no graph of ours keeps the record.
         self._holds = is_plain and not torch.is_grad_enabled()
         self._keeps = self._holds or (is_plain and saved_tensor_hooks() is not None)
+        if has_values and not getattr(layer, "_is_replica", False):
+            bring_window_home(layer._accumulation, x.device)
         others = _count_others(layer, ledger, x)
         self._record = Record(others, ledger.number, number_forward(), counts and is_plain)
 
@@ -88,12 +91,9 @@ class _Visit:
 
 def _count_others(layer: Accumulating, ledger: Ledger, x: Tensor) -> Tensor:
     """Packed moments of all that a micro-batch is counted together with: this window's earlier ones, and the prior."""
-    state = layer._accumulation
-    if not (getattr(layer, "_is_replica", False) or has_no_values(x)):
-        bring_window_home(state, x.device)
     # One micro-batch with NaN or Inf spoils no other: where a scaler
     # skips the step, no commit would ever end this window.
-    window = drop_if_nonfinite(state.window.to(x.device))
+    window = drop_if_nonfinite(layer._accumulation.window.to(x.device))
     if ledger.knows_prior:
         return torch.add(window, ledger.prior.to(x.device), alpha=_values_of_sample(x))
     return window + _count_committed(layer, x)
