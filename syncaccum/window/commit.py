@@ -130,7 +130,7 @@ def commit_layers(
             run_uninterrupted(steps_of_drop([layer._accumulation for _, layer in members]))
             discarded.append(error.where)
             counts = [0] * len(members)
-        values.update((name, n) for (name, layer), n in zip(members, counts, strict=True) if _is_ours(layer, n))
+        values.update((name, n) for (name, layer), n in zip(members, counts, strict=True) if n > 0 or _is_ours(layer))
         ranks.append(transport.size)
 
     try:
@@ -152,9 +152,9 @@ def _warn_of_discarded(where: Sequence[str]) -> None:
     )
 
 
-def _is_ours(layer: Accumulating, count: int) -> bool:
-    """Whether the report has the layer. One that normalises by itself had nothing to commit."""
-    return count > 0 or not layer._accumulation.normalises_itself
+def _is_ours(layer: Accumulating) -> bool:
+    """Whether the report has a layer without values. One that normalises by itself had nothing to commit."""
+    return not layer._accumulation.normalises_itself
 
 
 def _commit_group(group: Group, transport: Transport, members: Sequence[NamedLayer]) -> list[int]:
@@ -170,9 +170,10 @@ def _commit_group(group: Group, transport: Transport, members: Sequence[NamedLay
         apply(layout, seen, reduced)
     elif seen:
         apply_to_some(layout, counts, seen, reduced)
-    for _, layer in members:
-        # Also of layers without values: a commit there was.
-        layer._accumulation.is_committed = True
+    if len(seen) < len(members):
+        for _, layer in members:
+            # Also of layers without values: a commit there was.
+            layer._accumulation.is_committed = True
     return counts
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from syncaccum.errors import NonFiniteStatisticsError
-from syncaccum.layer.state import Accumulating, commit_momentum
+from syncaccum.layer.state import Accumulating
 from syncaccum.torch_private import add_to_all, buffers_of, copy_all
 from syncaccum.window.layers import NamedLayer
 from syncaccum.window.layout import Layout
@@ -59,10 +59,9 @@ def apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> Non
         [
             partial(copy_all, current, stored),
             partial(add_to_all, counters, 1),
-            *steps_of_new_window(states),
-            *closing,
             # A checkpoint's second forward would now see other statistics.
-            *(partial(setattr, state, "has_normalised", False) for state in states),
+            *steps_of_new_window(states, has_normalised=False, is_committed=True),
+            *closing,
         ]
     )
 
@@ -125,7 +124,7 @@ def _find_non_finite(members: Sequence[NamedLayer], statistics: Sequence[Tensor]
 
 def _factors(layers: Sequence[Accumulating], layout: Layout, device: torch.device) -> Tensor | float:
     """How much of the new statistics to take: momentum, or 1 / (batches so far, this one included)."""
-    momenta = [commit_momentum(layer) for layer in layers]
+    momenta = layout.momenta
     # One number for all needs no tensor on the device.
     if None not in momenta and len(set(momenta)) == 1:
         return cast(float, momenta[0])
