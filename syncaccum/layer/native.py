@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import c_int32, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from syncaccum.torch_private import is_watched
 
 # As in passes.cpp.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_ONE_DTYPE = [{dtype} for dtype in _DTYPES]
 _PLAIN = (Tensor, nn.Parameter)
 
 Vectors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | float | None]
@@ -29,12 +31,14 @@ _NO_VECTORS: tuple[None, ...] = (None,) * 4
 _GEOMETRY: list[Any] = [c_void_p, c_int32, c_int64, c_int64, c_int64]
 _NORMALIZER: list[Any] = [c_void_p] * 4
 _TYPED: list[Any] = [c_void_p, c_int32]
+_FUNCTIONS = ("forward", "backward", "fold")
 _FORWARD = [*_GEOMETRY, *[c_void_p] * 3, *_NORMALIZER, *_TYPED * 2]
+_FOLD = [c_int64, *[c_void_p] * 3, c_int32, c_void_p]
 _BACKWARD = [*_GEOMETRY, *[c_void_p] * 4, c_int32, *_NORMALIZER, *_TYPED, c_void_p, c_int64, *_TYPED * 2]
 
 
 class _Library:
-    """The two functions of passes.cpp, and torch's own loop over threads, which they run in."""
+    """The functions of passes.cpp, and torch's own loop over threads, which they run in."""
 
     def __init__(self) -> None:
         if os.environ.get("SYNCACCUM_NATIVE", "1") == "0":
@@ -50,9 +54,13 @@ class _Library:
             raise OSError("torch has no torch_parallel_for: they need torch 2.10 or newer") from None
         self.parallel_for = ctypes.cast(loop, c_void_p)
         library = ctypes.CDLL(str(path))
-        self.forward, self.backward = library.syncaccum_forward, library.syncaccum_backward
-        self.forward.argtypes, self.backward.argtypes = _FORWARD, _BACKWARD
+        try:
+            self.forward, self.backward, self.fold = (getattr(library, f"syncaccum_{name}") for name in _FUNCTIONS)
+        except AttributeError:
+            raise OSError(f"{path.name} was built from other source: build it again") from None
+        self.forward.argtypes, self.backward.argtypes, self.fold.argtypes = _FORWARD, _BACKWARD, _FOLD
         self.forward.restype = self.backward.restype = None
+        self.fold.restype = c_double
 
 
 def _load() -> tuple[_Library | None, str]:
@@ -170,6 +178,35 @@ def _backward(
     data = (dy.data_ptr(), x.data_ptr(), _address(dx), sums.data_ptr(), is_known)
     settings = (*map(_address, vectors), *_typed(parameter), _address(feedback), stride)
     _library.backward(*_geometry(x), *data, *settings, *_typed(dweight, dbias))
+
+
+def takes_statistics(sums: Tensor, statistics: Sequence[Tensor], widths: Sequence[int]) -> bool:
+    """Whether :func:`fold` takes reduced sums and buffers of these widths: plain ones, of one dtype, in CPU memory."""
+    return (
+        takes(sums)
+        and {type(tensor) for tensor in statistics} <= set(_PLAIN)
+        and {tensor.dtype for tensor in statistics} in _ONE_DTYPE
+        and all(tensor.is_cpu for tensor in statistics)
+        and [tensor.numel() for tensor in statistics] == list(widths)
+    )
+
+
+def fold(sums: Tensor, statistics: Tensor, widths: Sequence[int], factors: Sequence[float]) -> float:
+    """Make new running statistics of old ones, in place, and return the sum of them all.
+
+    Args:
+        sums: packed moments of each layer's global batch, one after the other, float64.
+        statistics: the running means of all layers, then the running variances.
+        widths: channels of each layer.
+        factors: how much of the new statistics each layer takes.
+    """
+    assert _library is not None
+    layers, channels = len(widths), sum(widths)
+    if (sums.numel(), statistics.numel(), len(factors)) != (layers + 2 * channels, 2 * channels, layers):
+        raise RuntimeError(f"{layers} layers with {channels} channels need other sums and statistics")
+    settings = (layers, (c_int64 * layers)(*widths), (c_double * layers)(*factors))
+    checksum: float = _library.fold(*settings, sums.data_ptr(), _DTYPES[statistics.dtype], statistics.data_ptr())
+    return checksum
 
 
 def _feedback(feedback: Tensor | float | None, channels: int) -> Tensor | None:
