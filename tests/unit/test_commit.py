@@ -186,20 +186,21 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spare, "_spare", {})
 
 
-def model_of(seed: int) -> tuple[nn.Sequential, list[nn.Module]]:
+def model_of(seed: int) -> tuple[nn.Sequential, list[nn.BatchNorm1d]]:
     """A model with a window, and nn.BatchNorm layers that have had its global batch."""
     generator = torch.Generator().manual_seed(seed)
-    model = convert_sync_accum(nn.Sequential(*(nn.BatchNorm1d(width) for width in (3, 1, 40))))
+    widths = (3, 1, 40)
+    model = convert_sync_accum(nn.Sequential(*map(nn.BatchNorm1d, widths)))
     expected = []
-    for layer in model:
-        window = [torch.randn(count, layer.num_features, generator=generator) for count in (4, 3)]
-        expected.append(reference([window], layer.num_features))
+    for layer, width in zip(model, widths, strict=True):
+        window = [torch.randn(count, width, generator=generator) for count in (4, 3)]
+        expected.append(reference([window], width))
         for x in window:
             layer(x)
     return model, expected
 
 
-def assert_committed(model: nn.Sequential, expected: list[nn.Module]) -> None:
+def assert_committed(model: nn.Sequential, expected: list[nn.BatchNorm1d]) -> None:
     for layer, other in zip(model, expected, strict=True):
         assert_same_statistics(layer, other)
 

@@ -232,16 +232,16 @@ def test_a_compiled_commit_is_torchs(
     dtype: torch.dtype, momentum: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    layers = [SyncAccumBatchNorm(width, momentum=momentum) for width in (1, 5, 64, 131)]
+    widths, momenta = (1, 5, 64, 131), (momentum, 0.3, momentum, momentum)
+    layers = [SyncAccumBatchNorm(width, momentum=one) for width, one in zip(widths, momenta, strict=True)]
     ours = nn.Sequential(*layers).to(dtype)
-    ours[1].momentum = 0.3
     before = copy.deepcopy(ours)
     for _ in range(2):
-        for layer, other in zip(ours, before, strict=True):
-            x = torch.randn(6, layer.num_features, generator=generator) * 2 + 3
+        for layer, other, width in zip(ours, before, widths, strict=True):
+            x = torch.randn(6, width, generator=generator) * 2 + 3
             x[:, 0] = 0.1  # its variance may round below zero
-            for one in (layer, other):
-                one(x.to(dtype))
+            for copied in (layer, other):
+                copied(x.to(dtype))
         with unittest.mock.patch.object(native, "fold", wraps=native.fold) as fold:
             syncaccum.commit(ours)
         fold.assert_called_once()  # else torch is compared with itself
