@@ -208,6 +208,7 @@ def assert_committed(model: nn.Sequential, expected: list[nn.BatchNorm1d]) -> No
 @pytest.mark.usefixtures("both_passes", "no_memory")
 def test_a_commit_amid_anothers_all_reduce_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in two threads that train two models."""
+    commit(model_of(2)[0])  # which leaves memory that both would like
     (first, expected), (second, others) = model_of(0), model_of(1)
     meanwhile = [second]
 
