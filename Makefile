@@ -60,7 +60,7 @@ $(FRAMEWORKS)/.installed: tests/frameworks/requirements.txt
 	$(FRAMEWORKS)/bin/python -m pip install --quiet --requirement $<
 	touch $@
 
-test-frameworks: $(FRAMEWORKS)/.installed ## run the tests with timm and fastai; installs 6 GB, some of it CUDA
+test-frameworks: $(FRAMEWORKS)/.installed ## run the tests with Lightning, transformers, timm, fastai; installs 6 GB, some of it CUDA
 	$(FRAMEWORKS)/bin/python -m pytest tests/frameworks $(ARGS)
 
 test-multinode: $(INSTALLED) ## run the tests that span nodes, in clusters of containers; docker/engine.sh gets an engine

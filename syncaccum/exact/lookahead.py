@@ -47,7 +47,7 @@ def lookahead(
 
     Collective: every rank calls it, with at least one micro-batch, which may be empty (N = 0); numbers and sizes may
     differ between ranks. Each layer communicates once, in the first ``next()``. Then there is one message for each
-    micro-batch, which is on its way during the next one's forward. The last is sent when the iterator ends.
+    micro-batch but the last, which is on its way during the next one's forward, and a short one when the iterator ends.
     Statistics go to the windows in the first ``next()``: ``commit`` stays what closes them.
 
     Args:
@@ -67,7 +67,7 @@ def lookahead(
     Raises:
         LockstepError: no micro-batches; inside lockstep or ``join``; a result that was not walked backward before the
             next was taken; layers that differ between micro-batches, ranks or passes; a forward whose values differ
-            between passes, when the iterator ends; a peer that gave up.
+            between passes on any rank, when the iterator ends; a peer that gave up.
         TooFewValuesError: one value per channel in the whole global batch; a ValueError.
         NoLayersError: the model has no SyncAccumBatchNorm.
         ValueError: ``offload`` is neither None nor ``"cpu"``.

@@ -83,10 +83,17 @@ class SecondPass:
         return self.is_last and (not self._wanted or self._walked > 0)
 
     def end(self) -> None:
-        """All are walked. Collective where there are peers."""
-        for rounds in self._rounds:
-            rounds.end(self.index)
-        self._check_drift()
+        """All are walked. Collective where there are peers: all raise where values of any were others."""
+        far = self._find_drifted()
+        elsewhere = [rank for rounds in self._rounds for rank in rounds.end(far is not None)]
+        if far is not None or elsewhere:
+            where = "on this rank" if far is not None else f"on rank {elsewhere[0]}"
+            layer = "its layers" if far is None else f"layer {far.name}"
+            raise LockstepError(
+                f"lookahead: values at {layer} were not those of the first pass, {where}: {_SAME}. It may draw random "
+                "numbers from a generator that is not torch's, Python's, NumPy's, or an attribute of a module. "
+                "Gradients are wrong: zero_grad(), and do not step"
+            )
 
     def begin_reduction(self) -> None:
         """The last backward is next, in which DistributedDataParallel communicates. Collective: all came so far."""
@@ -145,17 +152,13 @@ class SecondPass:
         self._drift[number] = torch.maximum(self._drift[number], distances.min())
         return number
 
-    def _check_drift(self) -> None:
+    def _find_drifted(self) -> KnownVisit | None:
+        """The first visit whose values were others than in the first pass."""
         if not self._visits:
-            return
+            return None
         # Not `<= 1`: NaN came of NaN in both passes.
         far = (torch.stack([drift.cpu() for drift in self._drift]) > 1).tolist()
-        if any(far):
-            raise LockstepError(
-                f"lookahead: values at layer {self._visits[far.index(True)].name} were not those of the first pass: "
-                f"{_SAME}. It may draw random numbers from a generator that is not torch's, Python's, NumPy's, or an "
-                "attribute of a module. Gradients are wrong: zero_grad(), and do not step"
-            )
+        return self._visits[far.index(True)] if any(far) else None
 
 
 _SAME = "forward must do the same in both passes, for the same micro-batch"
@@ -194,11 +197,12 @@ class Rounds:
         if not self._exchange.is_alone:
             self._exchange.gather_numbers("last backward", index)
 
-    def end(self, index: int) -> None:
-        """The last round. Collective."""
-        self.start(index)
-        self.finish()
+    def end(self, has_drifted: bool) -> list[int]:
+        """The ranks whose values were others than in the first pass. Collective. Nobody needs the last sums."""
         self._is_over = True
+        if self._exchange.is_alone:
+            return []
+        return [rank for rank, number in enumerate(self._exchange.gather_numbers("end", has_drifted)) if number]
 
     def _start(self, number: int, index: int | None) -> None:
         values = torch.cat([account.packed(index) for account in self._accounts])

@@ -96,8 +96,7 @@ class Ledger:
     def forget(self) -> None:
         """Know of no window before."""
         self.prior.zero_()
-        self.squares.zero_()
-        self._turn(torch.zeros_like(self.owed), expected=0.0, knows_prior=False)
+        vars(self).update(self.emptied() | {"expected": 0.0, "knows_prior": False})
 
     def discard(self) -> None:
         """Drop what the open window owes and has seen. It is expected to be as long as it was expected to be."""
@@ -122,10 +121,9 @@ class Ledger:
     def pack(self) -> dict[str, Tensor]:
         """All of it as additive sums, each as long as a window: those of several ranks may be added."""
         self.settle()
-        zero = self.prior.new_zeros(())
         last = self.prior / self.prior[0] if self.knows_prior else torch.zeros_like(self.prior)
         owed = torch.cat((self.prior[:1], self.owed))
-        squares = torch.cat((zero[None] + self.samples, self.squares, torch.zeros_like(self.squares)))
+        squares = torch.cat((self.squares.new_tensor([self.samples]), self.squares, torch.zeros_like(self.squares)))
         counts = torch.zeros_like(last)
         counts[:3] = counts.new_tensor([self.expected, self.done, self.micro_batches])
         return dict(zip(PACKED, (last, owed, squares, counts), strict=True))
@@ -136,14 +134,17 @@ class Ledger:
         expected, done, micro_batches = (counts[:3] / ranks).tolist()
         knew = last[0].clamp_min(1)
         self.prior.copy_(last / knew * (owed[0] / knew))
-        self.squares.copy_(squares[1:].chunk(2)[0] / ranks)
-        self._turn(
-            owed[1:] / ranks,
-            expected=expected,
-            done=done,
-            samples=squares[0].item() / ranks,
-            micro_batches=micro_batches,
-            knows_prior=bool(last[0] > 0),
+        vars(self).update(
+            self.emptied()
+            | {
+                "owed": owed[1:] / ranks,
+                "squares": squares[1:].chunk(2)[0] / ranks,
+                "expected": expected,
+                "done": done,
+                "samples": squares[0].item() / ranks,
+                "micro_batches": micro_batches,
+                "knows_prior": bool(last[0] > 0),
+            }
         )
 
     def recall(self, own: Tensor, name: str) -> Record:
@@ -213,11 +214,11 @@ class Ledger:
             paid_at={},
         )
 
-    def _turn(self, owed: Tensor, **changes: Any) -> None:
-        """Go on with other books. Graphs from before find their window over."""
+    def emptied(self) -> dict[str, Any]:
+        """Its attributes with an empty window and empty books. Graphs from before find their window over."""
+        zeros = {"owed": torch.zeros_like(self.owed), "squares": torch.zeros_like(self.squares)}
         number = self.number + 1
-        vars(self).update(NEW_WINDOW | {"owed": owed, "done": 0.0, "number": number, "booked": number} | changes)
-        self.paid_at = {}
+        return {**NEW_WINDOW, **zeros, "done": 0.0, "number": number, "booked": number, "paid_at": {}}
 
 
 NEW_WINDOW: dict[str, Any] = {"samples": 0.0, "micro_batches": 0.0}
@@ -228,7 +229,4 @@ def step_of_discard(ledger: Ledger) -> partial[None]:
     """The step that drops what the open window owes and has seen."""
     # The books may still be those of the window before.
     ledger.settle()
-    zeros = {"owed": torch.zeros_like(ledger.owed), "squares": torch.zeros_like(ledger.squares)}
-    number = ledger.number + 1
-    changes = {**NEW_WINDOW, **zeros, "done": 0.0, "number": number, "booked": number, "paid_at": {}}
-    return partial(vars(ledger).update, changes)
+    return partial(vars(ledger).update, ledger.emptied())

@@ -45,7 +45,7 @@ class _Visit:
         ledger = layer._accumulation.ledger
         assert ledger is not None
         self._ledger, self._eps = ledger, eps
-        self._samples, self._of_sample = x.shape[0], values_of_sample(x)
+        self._samples, self._of_sample = x.shape[0], _values_of_sample(x)
         # Transforms of torch.func, and shapes alone, have no books.
         is_plain = not (is_transformed() or has_no_values(x))
         self._layer = layer if is_plain and runs_in_backward() else None
@@ -80,13 +80,13 @@ def _count_others(layer: Accumulating, ledger: Ledger, x: Tensor) -> Tensor:
         bring_window_home(state, x.device)
     window = state.window.to(x.device)
     if ledger.knows_prior:
-        return torch.add(window, ledger.prior.to(x.device), alpha=values_of_sample(x))
+        return torch.add(window, ledger.prior.to(x.device), alpha=_values_of_sample(x))
     return window + _count_committed(layer, x)
 
 
 def _count_committed(layer: Accumulating, x: Tensor) -> Tensor:
     """The committed statistics as packed moments of so many values as they count for in a first window."""
-    untrained, trained = _ask_if_untrained(layer), _COMMITTED_SAMPLES * values_of_sample(x)
+    untrained, trained = _ask_if_untrained(layer), _COMMITTED_SAMPLES * _values_of_sample(x)
     values: Tensor | int
     if isinstance(untrained, Tensor):
         values = torch.where(untrained, _UNTRAINED_VALUES, trained)
@@ -107,6 +107,6 @@ def _ask_if_untrained(layer: Accumulating) -> bool | Tensor:
     return batches == 0
 
 
-def values_of_sample(x: Tensor) -> int:
+def _values_of_sample(x: Tensor) -> int:
     """Per channel."""
     return x.numel() // (x.shape[0] * x.shape[1])

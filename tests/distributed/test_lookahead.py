@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from typing import cast
 
@@ -123,6 +124,21 @@ def test_a_peer_that_gives_up_is_named_at_once(rank: Rank) -> None:
             next(results)
     assert all(layer.window.count == 0 for layer in model.modules() if isinstance(layer, SyncAccumBatchNorm))
     # The group is of use as before.
+    for loss in losses(model, [images(rank.index, 3)]):
+        loss.backward()
+    assert commit(model).ranks == 2
+
+
+@on_ranks(2)
+def test_values_that_change_between_the_passes_on_one_rank_are_an_error_on_all(rank: Rank) -> None:
+    model, _ = models()
+    changes = iter(range(100))
+    match = "at layer .* on this rank" if rank.index == 1 else "at its layers .* on rank 1"
+    forward = (lambda x: model(x * (1 + next(changes)))) if rank.index == 1 else model
+    results = lookahead(model, forward, images(rank.index, 4).split(2))
+    with pytest.raises(LockstepError, match=rf"values {match}.*do not step"):
+        deque((y.sum().backward() for y in results), maxlen=0)
+    assert all(layer.window.count == 0 for layer in model.modules() if isinstance(layer, SyncAccumBatchNorm))
     for loss in losses(model, [images(rank.index, 3)]):
         loss.backward()
     assert commit(model).ranks == 2

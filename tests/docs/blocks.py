@@ -20,14 +20,20 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 _IN_FORCE = Sybil(parsers=[PythonCodeBlockParser(), DocTestParser()])
 
 
-def run_examples(path: Path, rank: int, folder: Path) -> int:
+def run_examples(path: Path, rank: int, folder: Path, **names: Any) -> int:
     """Run all examples of a file in their order, in one namespace; says how many there were.
+
+    Args:
+        path: the file.
+        rank: which micro-batches it gets.
+        folder: where it may write.
+        names: what it takes for granted besides.
 
     Raises:
         Exception: what an example raises, or SybilFailure where it does not print what the file says.
     """
     document = _IN_FORCE.parse(path)
-    document.namespace.update(_make_names(rank, folder))
+    document.namespace.update({**_make_names(rank, folder), **names})
     examples = list(document.examples())
     for example in examples:
         example.evaluate()

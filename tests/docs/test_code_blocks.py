@@ -14,13 +14,14 @@ _WITH_PYTHON = sorted(
     for path in ROOT.glob(pattern)
     if "```python" in path.read_text()
 )
+_WITH_FRAMEWORKS = ["docs/frameworks.md"]  # run in tests/frameworks, where Lightning and fastai are
 _UNDER_MPI = [document for document in _WITH_PYTHON if "from mpi4py import" in (ROOT / document).read_text()]
 _WITH_DOCTESTS = sorted(
     str(path.relative_to(ROOT)) for path in (ROOT / "syncaccum").rglob("*.py") if ">>> " in path.read_text()
 )
 
 
-@pytest.mark.parametrize("document", sorted(set(_WITH_PYTHON) - set(_UNDER_MPI)))
+@pytest.mark.parametrize("document", sorted({*_WITH_PYTHON} - {*_UNDER_MPI, *_WITH_FRAMEWORKS}))
 @on_ranks(2)
 def test_a_documents_python_runs(rank: Rank, document: str) -> None:
     assert run_examples(ROOT / document, rank.index, rank.folder) > 0

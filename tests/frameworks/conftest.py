@@ -1,4 +1,7 @@
-"""These tests need timm and fastai, whose torchvision imports beside its own torch alone: `make test-frameworks`."""
+"""These tests need frameworks whose torchvision imports beside its own torch alone: `make test-frameworks`.
+
+`make test` collects none of them. In an environment with Lightning, those run whose framework is there.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,14 @@ import warnings
 from importlib import import_module
 from importlib.util import find_spec
 
-if find_spec("timm") is None:
+_NEEDED = ("fastai", "lightning", "timm", "transformers")
+
+if find_spec("lightning") is None:
     collect_ignore_glob = ["test_*.py"]
 else:
+    collect_ignore = [f"test_{name}.py" for name in _NEEDED if find_spec(name) is None]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of fastai, as it is imported, about what torch and pandas deprecated since
-        import_module("fastai.callback.training")
+        warnings.simplefilter("ignore")  # of what these deprecated in each other since
+        for name, module in {"fastai": "fastai.callback.training", "lightning": "lightning.pytorch"}.items():
+            if find_spec(name) is not None:
+                import_module(module)

@@ -11,21 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncaccum import torch_private
-
-
-@pytest.fixture
-def group() -> Any:
-    """A default process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_the_base_of_every_batch_norm() -> None:

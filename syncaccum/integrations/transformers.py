@@ -1,0 +1,131 @@
+"""Hugging Face's Trainer: a callback that converts and commits, and a Trainer that takes whole windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from syncaccum.exact.lockstep import lockstep
+from syncaccum.exact.lookahead import lookahead
+from syncaccum.layer.convert import convert_sync_accum
+from syncaccum.layer.settings import DEFAULT_POLICY
+from syncaccum.window.commit import OnNonFinite
+from syncaccum.window.counted import discard
+from syncaccum.window.step_hook import CommitHandle, commit_on_step
+
+
+class SyncAccumTrainerCallback(TrainerCallback):
+    """BatchNorm statistics of the global batch, over ``gradient_accumulation_steps`` micro-batches and all ranks.
+
+    Converts the model when training begins. Each optimizer step commits its window, also the short one at an epoch's
+    end. Training that begins anew, as in the retries of ``auto_find_batch_size``, starts with empty windows. The
+    Trainer writes checkpoints between windows, so they have nothing more to hold.
+
+    Args:
+        normalization: the policy, see :class:`SyncAccumBatchNorm`.
+        timeout: of each commit, see :func:`commit`.
+        on_nonfinite: "raise" or "discard", see :func:`commit_on_step`.
+
+    Raises:
+        NoLayersError: when training begins, the model has no BatchNorm that tracks statistics.
+
+    Example::
+
+        trainer = Trainer(model, arguments, train_dataset=images, callbacks=[SyncAccumTrainerCallback()])
+        trainer.train()
+    """
+
+    def __init__(
+        self,
+        normalization: str = DEFAULT_POLICY,
+        *,
+        timeout: float | timedelta | None = None,
+        on_nonfinite: OnNonFinite = "raise",
+    ) -> None:
+        self._normalization = normalization
+        self._settings: dict[str, Any] = {"timeout": timeout, "on_nonfinite": on_nonfinite}
+        self._handle: CommitHandle | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Convert, drop what a training that failed has left, and hook the optimizer."""
+        model = convert_sync_accum(kwargs["model"], normalization=self._normalization)
+        discard(model)
+        self._let_go()
+        self._handle = commit_on_step(model, kwargs["optimizer"], **self._settings)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Commit no more."""
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+
+class SyncAccumTrainer(Trainer):
+    """A Trainer whose BatchNorm layers normalise with the whole global batch: the large batch's training.
+
+    A window is what it always was, ``gradient_accumulation_steps`` batches on each rank. They are kept until the last
+    has come, and then go through the model together, by :func:`lockstep` (``sync_accum_mode="exact"``) or
+    :func:`lookahead`. Losses are computed and scaled as by Trainer. To use it with a Trainer of your own, name both:
+    ``class MyTrainer(SyncAccumTrainer, OtherTrainer)``.
+
+    Needs :class:`SyncAccumTrainerCallback`, too, and adds it where it is not among the callbacks.
+    """
+
+    sync_accum_mode: Literal["exact", "lookahead"] = "exact"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._window: list[Any] = []
+        if not any(isinstance(one, SyncAccumTrainerCallback) for one in self.callback_handler.callbacks):
+            self.add_callback(SyncAccumTrainerCallback())
+
+    def get_train_dataloader(self) -> Any:
+        """Forget what a training that failed has kept: each training begins here."""
+        self._window = []
+        return super().get_train_dataloader()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Keep the inputs; with the window's last ones, run and walk them all. Returns the loss of those that ran."""
+        self._window.append(inputs)
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        window, self._window = self._window, []
+        step = super().training_step
+        with self._losses_kept() as (kept, backward):
+
+            def forward(inputs: dict[str, Any]) -> Tensor:
+                step(model, inputs, num_items_in_batch)
+                return kept.pop()
+
+            if self.sync_accum_mode == "exact":
+                total = torch.stack(lockstep(model, forward, window)).sum()
+                backward(total)
+                return total.detach()
+            total = torch.zeros((), device=self.args.device)
+            for loss in lookahead(model, forward, window):
+                backward(loss)
+                total += loss.detach()
+            return total
+
+    @contextmanager
+    def _losses_kept(self) -> Iterator[tuple[list[Tensor], Any]]:
+        """Let Trainer's step hand over its scaled loss, where it would walk it backward."""
+        kept: list[Tensor] = []
+        backward = self.accelerator.backward
+        # On the instance: it hides the method, which stays.
+        self.accelerator.backward = lambda loss, **kwargs: kept.append(loss)
+        try:
+            yield kept, backward
+        finally:
+            del self.accelerator.backward
