@@ -1,13 +1,13 @@
 """The compiled passes: whether they are here, which tensors they take, and their calls.
 
 `kernels/passes.cpp` has them. Plain torch stands in where they are not (`measure`, `passes`), and is their oracle.
+A commit's arithmetic, of `kernels/fold.cpp`, is in the same library.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
 from ctypes import c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from syncaccum.torch_private import is_watched
 
 # As in passes.cpp.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_ONE_DTYPE = [{dtype} for dtype in _DTYPES]
 _PLAIN = (Tensor, nn.Parameter)
 
 Vectors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | float | None]
@@ -31,14 +30,13 @@ _NO_VECTORS: tuple[None, ...] = (None,) * 4
 _GEOMETRY: list[Any] = [c_void_p, c_int32, c_int64, c_int64, c_int64]
 _NORMALIZER: list[Any] = [c_void_p] * 4
 _TYPED: list[Any] = [c_void_p, c_int32]
-_FUNCTIONS = ("forward", "backward", "fold")
 _FORWARD = [*_GEOMETRY, *[c_void_p] * 3, *_NORMALIZER, *_TYPED * 2]
 _FOLD = [c_int64, *[c_void_p] * 3, c_int32, c_void_p]
 _BACKWARD = [*_GEOMETRY, *[c_void_p] * 4, c_int32, *_NORMALIZER, *_TYPED, c_void_p, c_int64, *_TYPED * 2]
 
 
 class _Library:
-    """The functions of passes.cpp, and torch's own loop over threads, which they run in."""
+    """The functions of kernels/, and torch's own loop over threads, which they run in."""
 
     def __init__(self) -> None:
         if os.environ.get("SYNCACCUM_NATIVE", "1") == "0":
@@ -55,7 +53,8 @@ class _Library:
         self.parallel_for = ctypes.cast(loop, c_void_p)
         library = ctypes.CDLL(str(path))
         try:
-            self.forward, self.backward, self.fold = (getattr(library, f"syncaccum_{name}") for name in _FUNCTIONS)
+            self.forward, self.backward = library.syncaccum_forward, library.syncaccum_backward
+            self.fold = library.syncaccum_fold
         except AttributeError:
             raise OSError(f"{path.name} was built from other source: build it again") from None
         self.forward.argtypes, self.backward.argtypes, self.fold.argtypes = _FORWARD, _BACKWARD, _FOLD
@@ -180,32 +179,10 @@ def _backward(
     _library.backward(*_geometry(x), *data, *settings, *_typed(dweight, dbias))
 
 
-def takes_statistics(sums: Tensor, statistics: Sequence[Tensor], widths: Sequence[int]) -> bool:
-    """Whether :func:`fold` takes reduced sums and buffers of these widths: plain ones, of one dtype, in CPU memory."""
-    return (
-        takes(sums)
-        and {type(tensor) for tensor in statistics} <= set(_PLAIN)
-        and {tensor.dtype for tensor in statistics} in _ONE_DTYPE
-        and all(tensor.is_cpu for tensor in statistics)
-        and [tensor.numel() for tensor in statistics] == list(widths)
-    )
-
-
-def fold(sums: Tensor, statistics: Tensor, widths: Sequence[int], factors: Sequence[float]) -> float:
-    """Make new running statistics of old ones, in place, and return the sum of them all.
-
-    Args:
-        sums: packed moments of each layer's global batch, one after the other, float64.
-        statistics: the running means of all layers, then the running variances.
-        widths: channels of each layer.
-        factors: how much of the new statistics each layer takes.
-    """
+def fold(*arguments: Any) -> float:
+    """The call of fold.cpp; `window/compiled_fold.py` says what with."""
     assert _library is not None
-    layers, channels = len(widths), sum(widths)
-    if (sums.numel(), statistics.numel(), len(factors)) != (layers + 2 * channels, 2 * channels, layers):
-        raise RuntimeError(f"{layers} layers with {channels} channels need other sums and statistics")
-    settings = (layers, (c_int64 * layers)(*widths), (c_double * layers)(*factors))
-    checksum: float = _library.fold(*settings, sums.data_ptr(), _DTYPES[statistics.dtype], statistics.data_ptr())
+    checksum: float = _library.fold(*arguments)
     return checksum
 
 

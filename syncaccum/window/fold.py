@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from syncaccum.errors import NonFiniteStatisticsError
-from syncaccum.layer import native
 from syncaccum.layer.state import Accumulating
 from syncaccum.ranks.agreement import HEADER
 from syncaccum.torch_private import add_to_all, buffers_of, copy_all
-from syncaccum.window import spare
+from syncaccum.window import compiled_fold, spare
 from syncaccum.window.layers import NamedLayer
 from syncaccum.window.layout import Layout
 from syncaccum.window.prior import steps_of_commit
@@ -41,7 +40,7 @@ def apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> Non
     buffers = [buffers_of(layer) for layer in layers]
     current = [cast(Tensor, b[name]) for name in ("running_mean", "running_var") for b in buffers]
     factors = _find_factors(layers, layout)
-    if native.takes_statistics(reduced, current, layout.widths * 2):
+    if compiled_fold.takes(reduced, current, layout.widths * 2):
         key, new = _fold_compiled(layout, reduced, current, factors)
     else:
         key, new = None, _fold(layout, reduced, current, factors)
@@ -76,11 +75,11 @@ class _New(NamedTuple):
 def _fold_compiled(
     layout: Layout, reduced: Tensor, current: Sequence[Tensor], factors: Sequence[float]
 ) -> tuple[Hashable, _New]:
-    """The arithmetic of `_fold` in one pass, and the key of the memory that it is in."""
+    """The arithmetic of `_fold` in one pass, to the last bit, and the key of the memory that it is in."""
     key = layout.widths, current[0].dtype
     rounded, stored = spare.take(key, partial(_make_statistics, layout.widths * 2, current[0].dtype))
     torch.cat(list(current), out=rounded)
-    checksum = native.fold(reduced[HEADER:], rounded, layout.widths, factors)
+    checksum = compiled_fold.fold(reduced[HEADER:], rounded, layout.widths, factors)
     return key, _New(rounded, stored, checksum)
 
 
@@ -95,13 +94,16 @@ def _fold(layout: Layout, reduced: Tensor, current: Sequence[Tensor], factors: S
     """The new statistics, from old ones and reduced sums: all channels of all layers at once."""
     n, update = _divide(layout, reduced)
     mean, variance = update.unbind()
+    # As fold.cpp, each operation rounds by itself: ranks with and
+    # without it get the same bits. addcmul and lerp may fuse two.
     # In place: variance is a view of update's second row.
     # Rounding can leave a constant channel below zero.
     # n / (n - 1): running_var is unbiased, as nn.BatchNorm's.
-    variance.addcmul_(mean, mean, value=-1).clamp_min_(0).mul_(n / (n - 1))
+    variance.sub_(mean * mean).clamp_min_(0).mul_(n / (n - 1))
     # Computed in float64, then rounded once.
     old = concatenate(current, reduced.device).to(torch.float64).view(2, -1)
-    new = torch.lerp(old, update, _spread_factors(factors, layout, reduced.device)).view(-1)
+    share = _spread_factors(factors, layout, reduced.device)
+    new = (old * (1 - share) + update * share).view(-1)
     rounded, stored = _round_as_stored(new, layout, current)
     # float32 at least: in float16 good values sum to Inf.
     checksum = rounded.sum(dtype=torch.promote_types(rounded.dtype, torch.float32)).item()

@@ -21,5 +21,6 @@ def take(key: Hashable, make: Callable[[], Any]) -> Any:
 def give_back(key: Hashable, kept: Any) -> None:
     """Keep it for the next commit. Not after an error: a lost all-reduce may still write to its memory."""
     _spare[key] = kept
-    if len(_spare) > _MOST:
-        _spare.pop(next(iter(_spare)), None)
+    # A list: another thread may change the dict.
+    for oldest in list(_spare)[:-_MOST]:
+        _spare.pop(oldest, None)

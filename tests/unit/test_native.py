@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import subprocess
 import sys
-import unittest.mock
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -223,48 +221,6 @@ def test_an_environment_variable_switches_them_off(setting: str) -> None:
     else:
         assert "SYNCACCUM_NATIVE" not in told.stdout
         assert told.stdout.startswith(("compiled", "torch ("))
-
-
-@needs_them
-@pytest.mark.parametrize("momentum", [0.1, 0.8, None])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_compiled_commit_is_torchs(
-    dtype: torch.dtype, momentum: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    widths, momenta = (1, 5, 64, 131), (momentum, 0.3, momentum, momentum)
-    layers = [SyncAccumBatchNorm(width, momentum=one) for width, one in zip(widths, momenta, strict=True)]
-    ours = nn.Sequential(*layers).to(dtype)
-    before = copy.deepcopy(ours)
-    for _ in range(2):
-        for layer, other, width in zip(ours, before, widths, strict=True):
-            x = torch.randn(6, width, generator=generator) * 2 + 3
-            x[:, 0] = 0.1  # its variance may round below zero
-            for copied in (layer, other):
-                copied(x.to(dtype))
-        with unittest.mock.patch.object(native, "fold", wraps=native.fold) as fold:
-            syncaccum.commit(ours)
-        fold.assert_called_once()  # else torch is compared with itself
-        with monkeypatch.context() as patch:
-            patch.setattr(native, "takes_statistics", lambda *_: False)
-            syncaccum.commit(before)
-    # One unit in the last place of the dtype: where sums differ in
-    # their last bits, a tie is rounded the other way. Sums of squares
-    # are some tens here, and variances their differences.
-    eps = torch.finfo(dtype).eps
-    for (name, buffer), expected in zip(ours.named_buffers(), before.buffers(), strict=True):
-        torch.testing.assert_close(buffer, expected, rtol=eps, atol=64 * 2**-52)
-        assert "running_var" not in name or (buffer >= 0).all()
-
-
-@needs_them
-def test_a_compiled_commit_refuses_statistics_of_another_size() -> None:
-    sums, statistics = torch.ones(7, dtype=torch.float64), torch.ones(6)
-    with pytest.raises(RuntimeError, match="need other sums"):
-        native.fold(sums, statistics, [4], [0.1])
-    assert not native.takes_statistics(sums, [torch.ones(3), torch.ones(4)], [3, 3])
-    assert not native.takes_statistics(sums, [torch.ones(3), torch.ones(3).double()], [3, 3])
-    assert native.takes_statistics(sums, [torch.ones(3), torch.ones(3)], [3, 3])
 
 
 def test_a_build_without_a_compiler_says_so_and_fails_nothing(tmp_path: Path) -> None:

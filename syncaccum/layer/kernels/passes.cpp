@@ -1,5 +1,4 @@
-// The passes over data in CPU memory, compiled: sums of a micro-batch, and what is applied to each value. And a commit's
-// arithmetic, in one pass.
+// The passes over data in CPU memory, compiled: sums of a micro-batch, and what is applied to each value.
 //
 // Plain C functions, without torch's headers: one build serves every torch that has torch_parallel_for.
 // syncaccum/layer/native.py calls them and says what the arguments are. syncaccum/layer/passes.py has the formulas.
@@ -366,14 +365,6 @@ void store(void* data, int32_t dtype, int64_t i, double value) {
 
 double value_or(const double* vector, int64_t i, double otherwise) { return vector ? vector[i] : otherwise; }
 
-// `old` moved towards `value`, as torch.lerp does; rounded, and returned as it was rounded.
-template <class T>
-inline double move(T& old, double value, double factor) {
-  const double before = static_cast<double>(widen(old)), way = value - before;
-  narrow(static_cast<Wide<T>>(factor < 0.5 ? before + factor * way : value - way * (1 - factor)), old);
-  return static_cast<double>(widen(old));
-}
-
 // What to subtract from a channel: the median of its first, its middle and its last value. No value is further from
 // the mean than sqrt(n) deviations, so that double loses n times 1e-16 of the variance at most, however large the mean
 // is; a median of three mostly loses nothing.
@@ -499,34 +490,6 @@ void syncaccum_backward(ParallelFor parallel_for, int32_t dtype, int64_t outer, 
       }
     });
   });
-}
-
-// `sums` are the packed moments of each layer's global batch. `statistics`, all running means and then all running
-// variances, become the new ones, of each layer by its factor. The sum of them all is returned: it shows NaN and Inf.
-double syncaccum_fold(int64_t layers, const int64_t* widths, const double* factors, const double* sums, int32_t dtype,
-                      void* statistics) {
-  double checksum = 0;
-  const int64_t channels = std::accumulate(widths, widths + layers, int64_t{0});
-  with_dtype(dtype, [&](auto like) {
-    auto* means = static_cast<decltype(like)*>(statistics);
-    auto* variances = means + channels;
-    for (int64_t layer = 0; layer < layers; ++layer) {
-      const int64_t width = widths[layer];
-      const double n = sums[0], factor = factors[layer], unbiased = n / (n - 1);
-      const double *total = sums + 1, *total_sq = total + width;
-#pragma omp simd reduction(+ : checksum)
-      for (int64_t c = 0; c < width; ++c) {
-        const double mean = total[c] / n;
-        // Rounding can leave a constant channel below zero.
-        const double variance = std::max(total_sq[c] / n - mean * mean, 0.0) * unbiased;
-        checksum += move(means[c], mean, factor) + move(variances[c], variance, factor);
-      }
-      sums = total_sq + width;
-      means += width;
-      variances += width;
-    }
-  });
-  return checksum;
 }
 
 }  // extern "C"
