@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,21 @@ def intercept(center: Tensor, slope: Tensor, shift: Tensor | None) -> Tensor:
     return -center * slope if shift is None else torch.addcmul(shift, center, slope, value=-1)
 
 
+def differentiable_gradients(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    policy: Policy,
+    needed: Sequence[bool],
+    dy: Tensor,
+) -> list[Tensor | None]:
+    """The gradients of x, weight and bias that are needed, such that they can be differentiated again."""
+    y, _ = compose(x, weight, bias, policy)
+    inputs = [tensor for tensor, wanted in zip((x, weight, bias), needed, strict=True) if wanted]
+    found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
+    return [next(found) if wanted else None for wanted in needed]
+
+
 def composed_gradients(ctx, dy, *others):  # type: ignore[no-untyped-def]
     """Gradients of `passes` that can be differentiated again (``create_graph=True``)."""
     if ctx.policy is None:
@@ -48,11 +65,8 @@ def composed_gradients(ctx, dy, *others):  # type: ignore[no-untyped-def]
         return _balanced_gradients(ctx, dy)  # type: ignore[no-untyped-call]
     weight, bias, x = ctx.saved_tensors
     _, _, needs_weight, needs_bias, _, _, needs_x = ctx.needs_input_grad
-    needed = (needs_weight, needs_bias, needs_x)
-    y, _ = compose(x, weight, bias, ctx.policy)
-    inputs = [tensor for tensor, wanted in zip((weight, bias, x), needed, strict=True) if wanted]
-    gradients = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
-    dweight, dbias, dx = (next(gradients) if wanted else None for wanted in needed)
+    needed = (needs_x, needs_weight, needs_bias)
+    dx, dweight, dbias = differentiable_gradients(x, weight, bias, ctx.policy, needed, dy)
     return None, None, dweight, dbias, None, None, dx
 
 

@@ -46,8 +46,7 @@ class Measured(NamedTuple):
 
     ``values`` has the shape of the input: its values, less a constant per channel where there is an ``origin``. It is
     float32 or wider, or the input itself, where the values need no origin. ``mean`` and ``variance`` (population)
-    are the input's; they and ``origin`` are float64, ``(C,)``. Those passes also fill ``packed``, the moments, and
-    ``output``, where it was to be had in the same walk.
+    are the input's; they and ``origin`` are float64, ``(C,)``. Compiled passes also fill ``packed``, the moments.
     """
 
     values: Tensor
@@ -56,7 +55,6 @@ class Measured(NamedTuple):
     mean: Tensor
     variance: Tensor
     packed: Tensor | None = None
-    output: Tensor | None = None
 
     def sums(self) -> Tensor:
         """What to add to a window: packed moments."""
@@ -105,7 +103,7 @@ def measure(x: Tensor) -> Measured:
     look at the mean first would make the forward wait for the device.
     """
     if native.takes(x):
-        return measure_compiled(x, None, None, None)
+        return _measure_compiled(x)
     channels = x.shape[1]
     count = x.numel() // channels
     values = _widen(x)
@@ -130,16 +128,15 @@ def measure(x: Tensor) -> Measured:
     return Measured(shifted, origin, count, mean + origin, variance)
 
 
-def measure_compiled(x: Tensor, norm: native.Vectors | None, weight: Tensor | None, bias: Tensor | None) -> Measured:
-    """`measure` by the compiled passes, which must take all arguments; with the output where ``norm`` is known.
+def _measure_compiled(x: Tensor) -> Measured:
+    """`measure` by the compiled passes.
 
     They subtract a value of each channel, in float64. No value is further from the mean than sqrt(n) deviations, so
     that they are right to n times 1e-16, however large the mean is.
     """
-    found, output = native.measure(x, norm, weight, bias)
     channels = x.shape[1]
-    packed, mean, variance = torch.split_with_sizes(found, [1 + 2 * channels, channels, channels])
-    return Measured(x, None, x.numel() // channels, mean, variance, packed, output)
+    packed, mean, variance = torch.split_with_sizes(native.measure(x), [1 + 2 * channels, channels, channels])
+    return Measured(x, None, x.numel() // channels, mean, variance, packed)
 
 
 def _is_within(offset: float, mean: Tensor, variance: Tensor) -> bool:

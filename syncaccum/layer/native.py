@@ -1,42 +1,57 @@
 """The compiled passes: whether they are here, which tensors they take, and their calls.
 
 `kernels/passes.cpp` has them. Plain torch stands in where they are not (`measure`, `passes`), and is their oracle.
-A commit's arithmetic, of `kernels/fold.cpp`, is in the same library.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
-from ctypes import c_double, c_int32, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import c_char_p, c_double, c_void_p
 from pathlib import Path
-from typing import Any
+from struct import Struct
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from syncaccum.layer.kernels.build import library_for
+from syncaccum.layer.kernels.build import is_current, library_for
 from syncaccum.layer.memory_order import is_rows
 from syncaccum.torch_private import is_watched
 
-# As in passes.cpp.
+# As in passes.cpp, and so are the layouts of its two structs.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_NONE, _GIVEN, RUNNING, BATCH, RENORM = range(5)
+_FORWARD = Struct("@P4q 3P q4d Pq Pq 4P Pq Pq")
+_BACKWARD = Struct("@P4q 3P Pq 4P Pq dP Pq Pq")
+
 _PLAIN = (Tensor, nn.Parameter)
 
 Vectors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | float | None]
 """A `policies.Normalizer`: center, scale, gain, offset, feedback."""
-_NO_VECTORS: tuple[None, ...] = (None,) * 4
+_Addresses = tuple[int, int, int, int]
+_NOWHERE: _Addresses = (0, 0, 0, 0)
 
-_GEOMETRY: list[Any] = [c_void_p, c_int32, c_int64, c_int64, c_int64]
-_NORMALIZER: list[Any] = [c_void_p] * 4
-_TYPED: list[Any] = [c_void_p, c_int32]
-_FORWARD = [*_GEOMETRY, *[c_void_p] * 3, *_NORMALIZER, *_TYPED * 2]
-_FOLD = [c_int64, *[c_void_p] * 3, c_int32, c_void_p]
-_BACKWARD = [*_GEOMETRY, *[c_void_p] * 4, c_int32, *_NORMALIZER, *_TYPED, c_void_p, c_int64, *_TYPED * 2]
+
+class Recipe(NamedTuple):
+    """A policy that is compiled, too."""
+
+    policy: int
+    feedback: float | None
+    """Of `policies.Normalizer`."""
+    eps: float
+    mean: Tensor | None = None
+    """The committed one, and so the variance."""
+    variance: Tensor | None = None
+    prior_count: float = 0.0
+    r_max: float = 0.0
+    d_max: float = 0.0
 
 
 class _Library:
-    """The functions of kernels/, and torch's own loop over threads, which they run in."""
+    """The functions of passes.cpp and fold.cpp, and torch's own loop over threads, which they run in."""
 
     def __init__(self) -> None:
         if os.environ.get("SYNCACCUM_NATIVE", "1") == "0":
@@ -50,14 +65,15 @@ class _Library:
             loop = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cpu.so")).torch_parallel_for
         except (OSError, AttributeError):
             raise OSError("torch has no torch_parallel_for: they need torch 2.10 or newer") from None
-        self.parallel_for = ctypes.cast(loop, c_void_p)
+        self.parallel_for = ctypes.cast(loop, c_void_p).value or 0
+        # Its structs may differ: wrong numbers, or a crash.
+        if not is_current(self.capability):
+            raise OSError(f"{path.name} was built from another version of its source: install anew")
         library = ctypes.CDLL(str(path))
-        try:
-            self.forward, self.backward = library.syncaccum_forward, library.syncaccum_backward
-            self.fold = library.syncaccum_fold
-        except AttributeError:
-            raise OSError(f"{path.name} was built from other source: build it again") from None
-        self.forward.argtypes, self.backward.argtypes, self.fold.argtypes = _FORWARD, _BACKWARD, _FOLD
+        self.forward, self.backward = library.syncaccum_forward, library.syncaccum_backward
+        self.fold = library.syncaccum_fold
+        # A packed struct: one argument takes ctypes a tenth of the time.
+        self.forward.argtypes = self.backward.argtypes = self.fold.argtypes = [c_char_p]
         self.forward.restype = self.backward.restype = None
         self.fold.restype = c_double
 
@@ -92,45 +108,79 @@ def takes(x: Tensor, *others: Tensor | None) -> bool:
     return x.numel() > 0
 
 
-def measure(
-    x: Tensor, norm: Vectors | None, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """x's packed moments, then mean and population variance: 1 + 4 C numbers. And the output, if ``norm`` is given."""
+def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """The output, and 1 + 8 C numbers: packed moments; then mean, variance, and what `gradients_of` needs."""
+    channels = x.shape[1]
+    y = torch.empty_like(x)
+    found = torch.empty(1 + 8 * channels, dtype=torch.float64, device="cpu")
+    _forward(x, y, found, recipe, _places(found, recipe), weight, bias)
+    return y, found
+
+
+def gradients_of(
+    found: Tensor,
+    recipe: Recipe,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Those of x, weight and bias that are needed; ``found`` is from `normalize`."""
+    return _gradients(dy, x, weight, bias, _places(found, recipe), recipe.feedback, needed)
+
+
+def _places(found: Tensor, recipe: Recipe) -> _Addresses:
+    """Where center, scale, gain and offset are."""
+    size = found.numel() - 1
+    center, scale, gain, offset = (found.data_ptr() + 8 + k * size for k in (4, 5, 6, 7))
+    return (center, scale, gain, offset) if recipe.policy == RENORM else (center, scale, 0, 0)
+
+
+def measure(x: Tensor) -> Tensor:
+    """x's packed moments, then mean and population variance: 1 + 4 C numbers."""
     found = torch.empty(1 + 4 * x.shape[1], dtype=torch.float64, device="cpu")
-    output = None if norm is None else torch.empty_like(x)
-    _forward(x, output, found, norm, weight, bias)
-    return found, output
+    _forward(x, None, found, _JUST_MEASURE, _NOWHERE, None, None)
+    return found
 
 
 def apply(x: Tensor, norm: Vectors, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """The output."""
-    output = torch.empty_like(x)
-    _forward(x, output, None, norm, weight, bias)
-    return output
+    y = torch.empty_like(x)
+    vectors = _wide(norm, x.shape[1])
+    _forward(x, y, None, _AS_GIVEN, _addresses(vectors), weight, bias)
+    return y
+
+
+_JUST_MEASURE, _AS_GIVEN = Recipe(_NONE, None, 0.0), Recipe(_GIVEN, None, 0.0)
 
 
 def _forward(
     x: Tensor,
-    output: Tensor | None,
+    y: Tensor | None,
     moments: Tensor | None,
-    norm: Vectors | None,
+    recipe: Recipe,
+    norm: _Addresses,
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    """Fill the output and the moments, whichever are given, in one walk over x."""
+    """Fill output and moments, whichever are given, and the vectors of a normalizer that the recipe makes."""
     assert _library is not None
-    channels = x.shape[1]
-    # In lists: they must live until the call is over.
-    vectors = [_wide(v, channels) for v in (norm[:4] if norm else _NO_VECTORS)]
-    parameters = [_checked(v, channels) for v in (weight, bias)]
-    data = (x.data_ptr(), _address(output), _address(moments))
-    _library.forward(*_geometry(x), *data, *map(_address, vectors), *_typed(*parameters))
+    geometry = _geometry(x)
+    channels = geometry[3]
+    # In a list: they must live until the call is over.
+    typed = [_checked(v, channels) for v in (recipe.mean, recipe.variance, weight, bias)]
+    (mean, variance, weight_, bias_) = map(_typed, typed)
+    settings = (recipe.policy, recipe.eps, recipe.prior_count, recipe.r_max, recipe.d_max)
+    data = (x.data_ptr(), _address(y), _address(moments))
+    _library.forward(_FORWARD.pack(*geometry, *data, *settings, *mean, *variance, *norm, *weight_, *bias_))
 
 
 def gradient_sums(dy: Tensor, x: Tensor, norm: Vectors) -> tuple[Tensor, Tensor]:
     """The sums of dy and of dy x_hat, float64."""
     sums = torch.empty(2, x.shape[1], dtype=torch.float64, device="cpu")
-    _backward(dy, x, None, norm, sums, is_known=False)
+    vectors = _wide(norm, x.shape[1])
+    _backward(dy, x, None, _addresses(vectors), None, sums, is_known=False)
     first, second = sums.unbind()
     return first, second
 
@@ -138,28 +188,45 @@ def gradient_sums(dy: Tensor, x: Tensor, norm: Vectors) -> tuple[Tensor, Tensor]
 def apply_gradient(dy: Tensor, x: Tensor, weight: Tensor | None, norm: Vectors, sums: tuple[Tensor, Tensor]) -> Tensor:
     """The gradient of x, from the two sums."""
     dx = torch.empty_like(x)
-    _backward(dy, x, weight, norm, torch.stack(sums).to(torch.float64), is_known=True, dx=dx)
+    vectors = _wide(norm, x.shape[1])
+    both = torch.stack(sums).to(torch.float64)
+    _backward(dy, x, weight, _addresses(vectors), norm[4], both, is_known=True, dx=dx)
     return dx
 
 
 def gradients(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Vectors, needed: list[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Vectors, needed: Sequence[bool]
+) -> list[Tensor | None]:
     """Those of x, weight and bias that are needed, where nobody else has a part in the sums."""
+    vectors = _wide(norm, x.shape[1])
+    return _gradients(dy, x, weight, bias, _addresses(vectors), norm[4], needed)
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: _Addresses,
+    feedback: Tensor | float | None,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
     sums = torch.empty(2, x.shape[1], dtype=torch.float64, device="cpu")
-    dx, dweight, dbias = (
+    made = [
         torch.empty_like(v, requires_grad=False) if wanted and v is not None else None
         for v, wanted in zip((x, weight, bias), needed, strict=True)
-    )
-    _backward(dy, x, weight, norm, sums, is_known=False, dx=dx, dweight=dweight, dbias=dbias)
-    return dx, dweight, dbias
+    ]
+    dx, dweight, dbias = made
+    _backward(dy, x, weight, norm, feedback, sums, is_known=False, dx=dx, dweight=dweight, dbias=dbias)
+    return made
 
 
 def _backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    norm: Vectors,
+    norm: _Addresses,
+    feedback: Tensor | float | None,
     sums: Tensor,
     *,
     is_known: bool,
@@ -169,42 +236,42 @@ def _backward(
 ) -> None:
     """Fill the sums, unless they are known, and then each gradient that is given."""
     assert _library is not None
-    channels = x.shape[1]
-    vectors = [_wide(v, channels) for v in norm[:4]]
-    parameter = _checked(weight, channels)
-    feedback = _feedback(norm[4], channels)
-    stride = 0 if feedback is None or feedback.dim() == 0 else 1
+    geometry = _geometry(x)
+    weight = _checked(weight, geometry[3])
+    one, each = _feedback(feedback, geometry[3])
     data = (dy.data_ptr(), x.data_ptr(), _address(dx), sums.data_ptr(), is_known)
-    settings = (*map(_address, vectors), *_typed(parameter), _address(feedback), stride)
-    _library.backward(*_geometry(x), *data, *settings, *_typed(dweight, dbias))
+    results = (*_typed(dweight), *_typed(dbias))
+    _library.backward(_BACKWARD.pack(*geometry, *data, *norm, *_typed(weight), one, _address(each), *results))
 
 
-def fold(*arguments: Any) -> float:
-    """The call of fold.cpp; `window/compiled_fold.py` says what with."""
+def fold(call: bytes) -> float:
+    """The call of fold.cpp; `window/compiled_fold.py` packs it."""
     assert _library is not None
-    checksum: float = _library.fold(*arguments)
+    checksum: float = _library.fold(call)
     return checksum
 
 
-def _feedback(feedback: Tensor | float | None, channels: int) -> Tensor | None:
-    if feedback is None or (isinstance(feedback, Tensor) and feedback.dim() > 0):
-        return _wide(feedback, channels)
-    return torch.as_tensor(feedback, dtype=torch.float64, device="cpu")
+def _feedback(feedback: Tensor | float | None, channels: int) -> tuple[float, Tensor | None]:
+    """As one number, or as one for each channel; NaN for none."""
+    if feedback is None:
+        return math.nan, None
+    if isinstance(feedback, Tensor):
+        return (math.nan, _wide([feedback], channels)[0]) if feedback.dim() > 0 else (feedback.item(), None)
+    return feedback, None
 
 
-def _geometry(x: Tensor) -> tuple[c_void_p, int, int, int, int]:
+def _geometry(x: Tensor) -> tuple[int, int, int, int, int]:
     """The loop over threads, the dtype, and the shape: (N, C, L) rows or (values, C, 1) columns."""
     assert _library is not None
-    channels = x.shape[1]
+    samples, channels = x.shape[:2]
     values = x.numel() // channels
-    rows = x.shape[0] if is_rows(x) else values
+    rows = samples if is_rows(x) else values
     return _library.parallel_for, _DTYPES[x.dtype], rows, channels, values // rows
 
 
-def _wide(vector: Tensor | None, channels: int) -> Tensor | None:
-    if vector is not None and vector.dtype is not torch.float64:
-        vector = vector.to(torch.float64)
-    return _checked(vector, channels)
+def _wide(vectors: Sequence[Any], channels: int) -> list[Tensor | None]:
+    """Those of a normalizer in float64; who calls keeps them until passes.cpp has read them."""
+    return [v if v is None else _checked(v.to(torch.float64), channels) for v in vectors[:4]]
 
 
 def _checked(vector: Tensor | None, channels: int) -> Tensor | None:
@@ -219,10 +286,15 @@ def _checked(vector: Tensor | None, channels: int) -> Tensor | None:
     return vector.contiguous()
 
 
-def _typed(*vectors: Tensor | None) -> list[int | None]:
-    """Address and dtype of each."""
-    return [part for v in vectors for part in ((None, 0) if v is None else (v.data_ptr(), _DTYPES[v.dtype]))]
+def _addresses(vectors: list[Tensor | None]) -> _Addresses:
+    center, scale, gain, offset = map(_address, vectors)
+    return center, scale, gain, offset
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _typed(vector: Tensor | None) -> tuple[int, int]:
+    """Address and dtype."""
+    return (0, 0) if vector is None else (vector.data_ptr(), _DTYPES[vector.dtype])
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from syncaccum.layer import native
+from syncaccum.layer.compiled import find_recipe, normalize_compiled
 from syncaccum.layer.compose import compose, composed_gradients, intercept
-from syncaccum.layer.measure import Measured, measure, measure_compiled
+from syncaccum.layer.measure import Measured, measure
 from syncaccum.layer.memory_order import (
     as_passes,
     is_on_cuda,
@@ -28,7 +29,7 @@ from syncaccum.layer.memory_order import (
     match_order,
     per_channel,
 )
-from syncaccum.layer.policies import Normalizer, Policy, known_before
+from syncaccum.layer.policies import Normalizer, Policy
 from syncaccum.torch_private import has_no_values, is_transformed
 
 ReduceSums = Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
@@ -190,11 +191,11 @@ def normalize(
         # Compilers fuse plain operations better than our passes.
         # Transforms of torch.func differentiate them in their own ways.
         return compose(x, weight, bias, policy)
+    if balance is None and native.takes(x, weight, bias) and (recipe := find_recipe(policy, x)) is not None:
+        return normalize_compiled(x, weight, bias, policy, recipe)
     with torch.no_grad():
-        is_compiled = native.takes(x, weight, bias)
-        known = known_before(policy) if is_compiled else None
-        measured = measure_compiled(x, known, weight, bias) if is_compiled else measure(x)
-        norm = policy.normalizer(measured.n, measured.mean, measured.variance) if known is None else known
+        measured = measure(x)
+        norm = policy.normalizer(measured.n, measured.mean, measured.variance)
         sums = measured.sums()
     (y,) = _apply_normalize(norm, [measured], weight, bias, balance, policy, x)
     return y, sums
@@ -230,12 +231,12 @@ class _Normalize(torch.autograd.Function):
         # x is mostly held anyway; x_hat would be one more.
         ctx.save_for_backward(weight, bias, *xs)
         ctx.norm, ctx.reduce_sums, ctx.policy = norm, reduce_sums, policy
-        pairs = zip(xs, measured, strict=True)
         if all(native.takes(x, weight, bias) for x in xs):
             # In float64, also for the backward.
-            return tuple(m.output if m.output is not None else native.apply(x, norm, weight, bias) for x, m in pairs)
+            return tuple(native.apply(x, norm, weight, bias) for x in xs)
         # Not shifted: the backward reads x, not the measured values.
         ctx.norm = _narrow(norm, xs[0])
+        pairs = zip(xs, measured, strict=True)
         return tuple(apply_normalizer(x, m, weight, bias, norm, ctx.norm) for x, m in pairs)
 
     @staticmethod

@@ -159,13 +159,6 @@ class Policy(Protocol):
         """What a forward applies, and its backward differentiates."""
 
 
-def known_before(policy: Policy) -> Normalizer | None:
-    """What the policy applies to any data, so that the first pass can apply it; None where that depends on the data."""
-    if isinstance(policy, Running):
-        return policy.normalizer(0, policy.committed_mean, policy.committed_variance)
-    return None
-
-
 def choose_policy(layer: Accumulating, count: int, eps: float) -> Policy:
     """What a training forward of ``count`` values per channel normalises with, now.
 

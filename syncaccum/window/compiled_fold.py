@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import c_double, c_int64
+from ctypes import addressof, c_double, c_int64
+from struct import Struct
 
 import torch
 from torch import Tensor, nn
 
 from syncaccum.layer import native
 
+# The struct of fold.cpp.
+_CALL = Struct("@q4Pq")
 # Half precision is rare in statistics: torch's operations do.
 _ONE_DTYPE = ({torch.float32}, {torch.float64})
 _PLAIN = {Tensor, nn.Parameter}
@@ -38,6 +41,7 @@ def fold(sums: Tensor, statistics: Tensor, widths: Sequence[int], factors: Seque
     layers, channels = len(widths), sum(widths)
     if (sums.numel(), statistics.numel(), len(factors)) != (layers + 2 * channels, 2 * channels, layers):
         raise RuntimeError(f"{layers} layers with {channels} channels need other sums and statistics")
-    settings = (layers, (c_int64 * layers)(*widths), (c_double * layers)(*factors))
-    is_double = statistics.dtype == torch.float64
-    return native.fold(*settings, sums.data_ptr(), is_double, statistics.data_ptr())
+    # They must live until the call is over.
+    arrays = (c_int64 * layers)(*widths), (c_double * layers)(*factors)
+    addresses = (*map(addressof, arrays), sums.data_ptr(), statistics.data_ptr())
+    return native.fold(_CALL.pack(layers, *addresses, statistics.dtype == torch.float64))

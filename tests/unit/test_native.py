@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -221,6 +222,32 @@ def test_an_environment_variable_switches_them_off(setting: str) -> None:
     else:
         assert "SYNCACCUM_NATIVE" not in told.stdout
         assert told.stdout.startswith(("compiled", "torch ("))
+
+
+@needs_them
+@pytest.mark.parametrize(
+    ("name", "before", "after", "which"),
+    [
+        ("passes.cpp", "", "", "compiled"),
+        ("passes.cpp", "double eps, prior_count", "double prior_count, eps", "was built from another version"),
+        ("fold.cpp", "n / (n - 1)", "1.0", "was built from another version"),
+        ("build.py", '"-O3"', '"-O2"', "was built from another version"),
+    ],
+    ids=["as it was", "another struct", "another fold", "other flags"],
+)
+def test_a_library_of_another_source_is_refused(name: str, before: str, after: str, which: str, tmp_path: Path) -> None:
+    """Its structs may have other fields: it would give wrong numbers without a word."""
+    copied = tmp_path / "syncaccum"
+    shutil.copytree(Path(syncaccum.__file__).parent, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    source = copied / "layer/kernels" / name
+    text = source.read_text()
+    assert before in text
+    source.write_text(text.replace(before, after))
+    code = "from syncaccum.layer import native; print(native.which())"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    told = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert which in told.stdout
 
 
 def test_a_build_without_a_compiler_says_so_and_fails_nothing(tmp_path: Path) -> None:

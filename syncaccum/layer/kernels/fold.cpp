@@ -6,21 +6,32 @@
 #include <cstdint>
 #include <numeric>
 
+// What syncaccum/window/compiled_fold.py packs; each field has eight bytes.
+extern "C" struct SyncaccumFold {
+  int64_t layers;
+  const int64_t* widths;
+  const double* factors;  // how much each layer takes of the new
+  const double* sums;     // packed moments of each layer's global batch
+  void* statistics;       // all running means, then all running variances: they become the new ones
+  int64_t is_double;      // else they are float
+};
+
 namespace {
 
-// `old` and the global batch's value, weighed; rounded to the dtype of the statistics.
 template <class T>
 inline void move(T& old, double value, double factor) {
   old = static_cast<T>(static_cast<double>(old) * (1 - factor) + value * factor);
 }
 
 template <class T>
-double fold(int64_t layers, const int64_t* widths, const double* factors, const double* sums, T* means) {
-  T* variances = means + std::accumulate(widths, widths + layers, int64_t{0});
+double fold(const SyncaccumFold& call) {
+  T* means = static_cast<T*>(call.statistics);
+  T* variances = means + std::accumulate(call.widths, call.widths + call.layers, int64_t{0});
+  const double* sums = call.sums;
   double checksum = 0;
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    const int64_t width = widths[layer];
-    const double n = sums[0], factor = factors[layer], unbiased = n / (n - 1);
+  for (int64_t layer = 0; layer < call.layers; ++layer) {
+    const int64_t width = call.widths[layer];
+    const double n = sums[0], factor = call.factors[layer], unbiased = n / (n - 1);
     const double *total = sums + 1, *total_sq = total + width;
 #pragma omp simd reduction(+ : checksum)
     for (int64_t c = 0; c < width; ++c) {
@@ -40,14 +51,7 @@ double fold(int64_t layers, const int64_t* widths, const double* factors, const 
 
 }  // namespace
 
-extern "C" {
-
-// `sums` are the packed moments of each layer's global batch. `statistics`, all running means and then all running
-// variances, become the new ones, of each layer by its factor. The sum of them all is returned: it shows NaN and Inf.
-double syncaccum_fold(int64_t layers, const int64_t* widths, const double* factors, const double* sums,
-                      int32_t is_double, void* statistics) {
-  return is_double ? fold(layers, widths, factors, sums, static_cast<double*>(statistics))
-                   : fold(layers, widths, factors, sums, static_cast<float*>(statistics));
+// The sum of all new statistics: it shows NaN and Inf.
+extern "C" double syncaccum_fold(const SyncaccumFold* call) {
+  return call->is_double ? fold<double>(*call) : fold<float>(*call);
 }
-
-}  // extern "C"

@@ -92,10 +92,10 @@ inline void narrow(float value, Half& out) {
 template <class T>
 using Wide = decltype(widen(T()));
 
-enum Dtype : int32_t { kFloat, kDouble, kBFloat16, kHalf };
+enum Dtype : int64_t { kFloat, kDouble, kBFloat16, kHalf };
 
 template <class F>
-void with_dtype(int32_t dtype, F f) {
+void with_dtype(int64_t dtype, F f) {
   switch (dtype) {
     case kFloat: return f(float());
     case kDouble: return f(double());
@@ -345,7 +345,7 @@ void with_order(const Data<T>& data, F f) {
 // A vector of any of the dtypes; null stands for a constant.
 struct Vector {
   const void* data;
-  int32_t dtype;
+  int64_t dtype;
 
   double at(int64_t i, double otherwise) const {
     double value = otherwise;
@@ -355,7 +355,7 @@ struct Vector {
   }
 };
 
-void store(void* data, int32_t dtype, int64_t i, double value) {
+void store(void* data, int64_t dtype, int64_t i, double value) {
   if (!data) return;
   with_dtype(dtype, [&](auto like) {
     using T = decltype(like);
@@ -376,19 +376,204 @@ double choose_origin(const T* x, int64_t channel, int64_t outer, int64_t channel
   return std::isfinite(median) ? median : 0;
 }
 
-// [n, sum, sum of squares, mean, population variance] from the sums of x - origin.
-void pack_moments(int64_t count, int64_t channels, const double* origin, const double* first, const double* second,
-                  double* moments) {
-  const double n = static_cast<double>(count);
-  moments[0] = n;
-  for (int64_t c = 0; c < channels; ++c) {
-    const double step = first[c] / n, mean = origin[c] + step;
+// Of one channel: sum, sum of squares, mean, population variance, from the sums of x - origin.
+struct ChannelMoments {
+  double total, square, mean, variance;
+
+  ChannelMoments(double n, double origin, double first, double second) {
+    const double step = first / n, found = second / n - step * step;
+    mean = origin + step;
     // std::max(0, NaN) would hide a NaN.
-    const double found = second[c] / n - step * step, variance = found < 0 ? 0 : found;
-    moments[1 + c] = n * mean;
-    moments[1 + channels + c] = n * (variance + mean * mean);
-    moments[1 + 2 * channels + c] = mean;
-    moments[1 + 3 * channels + c] = variance;
+    variance = found < 0 ? 0 : found;
+    total = n * mean;
+    square = n * (variance + mean * mean);
+  }
+};
+
+// What a forward applies: nothing; a normalizer that is given; or one of syncaccum/layer/policies.py.
+enum Policy : int64_t { kNone, kGiven, kRunning, kBatch, kRenorm };
+
+}  // namespace
+
+// What syncaccum/layer/native.py packs. Null stands for what is not there; each field has eight bytes.
+extern "C" {
+
+struct SyncaccumForward {
+  ParallelFor parallel_for;
+  int64_t dtype, outer, channels, inner;
+  const void* x;
+  void* y;
+  double* moments;  // n, then sums, sums of squares, means and population variances
+  int64_t policy;
+  double eps, prior_count, r_max, d_max;
+  const void* committed_mean;
+  int64_t mean_dtype;
+  const void* committed_variance;
+  int64_t variance_dtype;
+  double *center, *scale, *gain, *offset;  // read if the policy is kGiven, else written
+  const void* weight;
+  int64_t weight_dtype;
+  const void* bias;
+  int64_t bias_dtype;
+};
+
+struct SyncaccumBackward {
+  ParallelFor parallel_for;
+  int64_t dtype, outer, channels, inner;
+  const void *dy, *x;
+  void* dx;
+  double* sums;
+  int64_t sums_known;
+  const double *center, *scale, *gain, *offset;
+  const void* weight;
+  int64_t weight_dtype;
+  double feedback;          // NaN stands for statistics that are constants
+  const double* feedbacks;  // for each channel another one
+  void* dweight;
+  int64_t dweight_dtype;
+  void* dbias;
+  int64_t dbias_dtype;
+};
+
+}  // extern "C"
+
+namespace {
+
+using ForwardCall = SyncaccumForward;
+using BackwardCall = SyncaccumBackward;
+
+// The normalizer of one channel. Formulas and their sources are in policies.py.
+void write_normalizer(const ForwardCall& call, double n, int64_t c, double mean, double variance) {
+  if (call.policy == kBatch) {
+    call.center[c] = mean;
+    call.scale[c] = 1 / std::sqrt(variance + call.eps);
+    return;
+  }
+  const double mu = Vector{call.committed_mean, call.mean_dtype}.at(c, 0);
+  const double v = Vector{call.committed_variance, call.variance_dtype}.at(c, 1);
+  const double committed_scale = 1 / std::sqrt(v + call.eps);
+  if (call.policy == kRunning) {
+    call.center[c] = mu;
+    call.scale[c] = committed_scale;
+    return;
+  }
+  const double w = n / (n + call.prior_count), rest = call.prior_count / (n + call.prior_count), step = mean - mu;
+  call.center[c] = mean - rest * step;
+  call.scale[c] = 1 / std::sqrt(w * variance + rest * v + w * rest * step * step + call.eps);
+  // std::clamp lets a NaN through.
+  call.gain[c] = std::clamp(committed_scale / call.scale[c], 1 / call.r_max, call.r_max);
+  call.offset[c] = std::clamp(w * step * committed_scale, -call.d_max, call.d_max);
+}
+
+template <class T, class Order>
+void forward(const ForwardCall& call, const Order& order) {
+  const T* x = static_cast<const T*>(call.x);
+  const int64_t channels = call.channels;
+  const double n = static_cast<double>(call.outer * call.inner);
+  const bool is_known = call.policy == kGiven || call.policy == kRunning;
+  Coefficients<Wide<T>> by(call.y ? order.width() : 0);
+  const Vector weight{call.weight, call.weight_dtype}, bias{call.bias, call.bias_dtype};
+  auto set_coefficient = [&](int64_t i) {
+    const int64_t c = i % channels;
+    const double factor = weight.at(c, 1);
+    const double shift = value_or(call.offset, c, 0) * factor + bias.at(c, 0);
+    by.set(i, 0, call.scale[c] * value_or(call.gain, c, 1) * factor, call.center[c], shift);
+  };
+  auto set_coefficients = [&] {
+    for (int64_t i = 0; i < order.width(); ++i) set_coefficient(i);
+  };
+  if (call.policy == kRunning)
+    for (int64_t c = 0; c < channels; ++c) write_normalizer(call, n, c, 0, 0);
+  if (call.y && is_known) set_coefficients();
+  if (!call.moments) {
+    run(call.parallel_for, order, [&](int64_t task) { order.template apply<kOutput>(task, by); });
+    return;
+  }
+  std::vector<double> origin(channels);
+  for (int64_t c = 0; c < channels; ++c) origin[c] = choose_origin(x, c, call.outer, channels, call.inner);
+  call.moments[0] = n;
+  auto finish = [&](int64_t c, double first, double second) {
+    const ChannelMoments m(n, origin[c], first, second);
+    double* of_channel = call.moments + 1 + c;
+    of_channel[0] = m.total;
+    of_channel[channels] = m.square;
+    of_channel[2 * channels] = m.mean;
+    of_channel[3 * channels] = m.variance;
+    if (call.y && !is_known) write_normalizer(call, n, c, m.mean, m.variance);
+  };
+  if (order.is_whole()) {
+    run(call.parallel_for, order, [&](int64_t c) {
+      double sums[2];
+      order.template add<false>(c, origin.data(), sums);
+      finish(c, sums[0], sums[1]);
+      if (!call.y) return;
+      if (!is_known) set_coefficient(c);
+      order.template apply<kOutput>(c, by);
+    });
+    return;
+  }
+  const auto origins = spread(order, origin.data(), channels);
+  std::vector<double> partial(order.tasks() * order.sums_per_task()), first(channels), second(channels);
+  // Both at once where the output waits for no moment: each task reads its values twice, then from the cache.
+  run(call.parallel_for, order, [&](int64_t task) {
+    order.template add<false>(task, origins.data(), &partial[task * order.sums_per_task()]);
+    if (call.y && is_known) order.template apply<kOutput>(task, by);
+  });
+  order.finish(partial.data(), first.data(), second.data());
+  for (int64_t c = 0; c < channels; ++c) finish(c, first[c], second[c]);
+  if (call.y && !is_known) {
+    set_coefficients();
+    run(call.parallel_for, order, [&](int64_t task) { order.template apply<kOutput>(task, by); });
+  }
+}
+
+template <class T, class Order>
+void backward(const BackwardCall& call, const Order& order) {
+  const int64_t channels = call.channels;
+  double *first = call.sums, *second = call.sums + channels;
+  const bool is_constant = std::isnan(call.feedback) && !call.feedbacks;
+  Coefficients<Wide<T>> by(order.width());
+  const Vector weight{call.weight, call.weight_dtype};
+  auto set_coefficient = [&](int64_t i) {
+    const int64_t c = i % channels;
+    const double a = call.scale[c] * value_or(call.gain, c, 1) * weight.at(c, 1);
+    const double pull = is_constant ? 0 : -a * value_or(call.feedbacks, c, call.feedback);
+    by.set(i, a, is_constant ? 0 : pull * call.scale[c] * second[c], call.center[c], is_constant ? 0 : pull * first[c]);
+  };
+  auto set_coefficients = [&] {
+    for (int64_t i = 0; i < order.width(); ++i) set_coefficient(i);
+  };
+  const bool at_once = call.dx && is_constant;
+  const bool by_channel = call.dx && !is_constant && !call.sums_known && order.is_whole();
+  if (at_once) set_coefficients();
+  if (by_channel) {
+    run(call.parallel_for, order, [&](int64_t c) {
+      double sums[2];
+      order.template add<true>(c, call.center, sums);
+      first[c] = sums[0];
+      second[c] = sums[1] * call.scale[c];
+      set_coefficient(c);
+      order.template apply<kGradient>(c, by);
+    });
+  } else if (!call.sums_known) {
+    const auto centers = spread(order, call.center, channels);
+    std::vector<double> partial(order.tasks() * order.sums_per_task());
+    run(call.parallel_for, order, [&](int64_t task) {
+      order.template add<true>(task, centers.data(), &partial[task * order.sums_per_task()]);
+      if (at_once) order.template apply<kGradientOfConstants>(task, by);
+    });
+    order.finish(partial.data(), first, second);
+    for (int64_t c = 0; c < channels; ++c) second[c] *= call.scale[c];
+  } else if (at_once) {
+    run(call.parallel_for, order, [&](int64_t task) { order.template apply<kGradientOfConstants>(task, by); });
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    store(call.dweight, call.dweight_dtype, c, second[c] * value_or(call.gain, c, 1) + first[c] * value_or(call.offset, c, 0));
+    store(call.dbias, call.dbias_dtype, c, first[c]);
+  }
+  if (call.dx && !is_constant && !by_channel) {
+    set_coefficients();
+    run(call.parallel_for, order, [&](int64_t task) { order.template apply<kGradient>(task, by); });
   }
 }
 
@@ -396,99 +581,27 @@ void pack_moments(int64_t count, int64_t channels, const double* origin, const d
 
 extern "C" {
 
+// build.py's fingerprint of this file: native.py refuses a library that was built from another one.
+extern const char syncaccum_source[];
+const char syncaccum_source[] = SYNCACCUM_SOURCE;
+
 // Moments of x where `moments` is given, and (x - center) scale gain weight + ... where `y` is.
-void syncaccum_forward(ParallelFor parallel_for, int32_t dtype, int64_t outer, int64_t channels, int64_t inner,
-                       const void* x_, void* y_, double* moments, const double* center, const double* scale,
-                       const double* gain, const double* offset, const void* weight_, int32_t weight_dtype,
-                       const void* bias_, int32_t bias_dtype) {
-  with_dtype(dtype, [&](auto like) {
+void syncaccum_forward(const SyncaccumForward* call) {
+  with_dtype(call->dtype, [&](auto like) {
     using T = decltype(like);
-    const T* x = static_cast<const T*>(x_);
-    with_order(Data<T>{outer, channels, inner, x, x, static_cast<T*>(y_)}, [&](const auto& order) {
-      std::vector<double> origin(moments ? channels : 0), partial(moments ? order.tasks() * order.sums_per_task() : 0);
-      for (size_t c = 0; c < origin.size(); ++c) origin[c] = choose_origin(x, c, outer, channels, inner);
-      const auto origins = moments ? spread(order, origin.data(), channels) : origin;
-      Coefficients<Wide<T>> by(y_ ? order.width() : 0);
-      if (y_) {
-        const Vector weight{weight_, weight_dtype}, bias{bias_, bias_dtype};
-        for (int64_t i = 0; i < order.width(); ++i) {
-          const int64_t c = i % channels;
-          const double factor = weight.at(c, 1);
-          const double shift = value_or(offset, c, 0) * factor + bias.at(c, 0);
-          by.set(i, 0, scale[c] * value_or(gain, c, 1) * factor, center[c], shift);
-        }
-      }
-      // Both at once where the output waits for no moment: each task reads its values twice, then from the cache.
-      run(parallel_for, order, [&](int64_t task) {
-        if (moments) order.template add<false>(task, origins.data(), &partial[task * order.sums_per_task()]);
-        if (y_) order.template apply<kOutput>(task, by);
-      });
-      if (moments) {
-        std::vector<double> first(channels), second(channels);
-        order.finish(partial.data(), first.data(), second.data());
-        pack_moments(outer * inner, channels, origin.data(), first.data(), second.data(), moments);
-      }
-    });
+    const T* x = static_cast<const T*>(call->x);
+    with_order(Data<T>{call->outer, call->channels, call->inner, x, x, static_cast<T*>(call->y)},
+               [&](const auto& order) { forward<T>(*call, order); });
   });
 }
 
 // The sums of dy and dy x_hat, unless they are known; gradients of weight and bias, and of x, where these are given.
-// A null `feedback` stands for statistics that are constants.
-void syncaccum_backward(ParallelFor parallel_for, int32_t dtype, int64_t outer, int64_t channels, int64_t inner,
-                        const void* dy_, const void* x_, void* dx_, double* sums, int32_t sums_known,
-                        const double* center, const double* scale, const double* gain, const double* offset,
-                        const void* weight_, int32_t weight_dtype, const double* feedback, int64_t feedback_stride,
-                        void* dweight, int32_t dweight_dtype, void* dbias, int32_t dbias_dtype) {
-  with_dtype(dtype, [&](auto like) {
+void syncaccum_backward(const SyncaccumBackward* call) {
+  with_dtype(call->dtype, [&](auto like) {
     using T = decltype(like);
-    const Data<T> data{outer, channels, inner, static_cast<const T*>(dy_), static_cast<const T*>(x_),
-                       static_cast<T*>(dx_)};
-    with_order(data, [&](const auto& order) {
-      double *first = sums, *second = sums + channels;
-      Coefficients<Wide<T>> by(order.width());
-      const Vector weight{weight_, weight_dtype};
-      auto set_coefficient = [&](int64_t i) {
-        const int64_t c = i % channels;
-        const double a = scale[c] * value_or(gain, c, 1) * weight.at(c, 1);
-        const double pull = feedback ? -a * feedback[c * feedback_stride] : 0;
-        by.set(i, a, feedback ? pull * scale[c] * second[c] : 0, center[c], feedback ? pull * first[c] : 0);
-      };
-      auto set_coefficients = [&] {
-        for (int64_t i = 0; i < order.width(); ++i) set_coefficient(i);
-      };
-      const bool at_once = dx_ && !feedback;
-      const bool by_channel = dx_ && feedback && !sums_known && order.is_whole();
-      if (at_once) set_coefficients();
-      if (by_channel) {
-        run(parallel_for, order, [&](int64_t c) {
-          double sums_of_channel[2];
-          order.template add<true>(c, center, sums_of_channel);
-          first[c] = sums_of_channel[0];
-          second[c] = sums_of_channel[1] * scale[c];
-          set_coefficient(c);
-          order.template apply<kGradient>(c, by);
-        });
-      } else if (!sums_known) {
-        const auto centers = spread(order, center, channels);
-        std::vector<double> partial(order.tasks() * order.sums_per_task());
-        run(parallel_for, order, [&](int64_t task) {
-          order.template add<true>(task, centers.data(), &partial[task * order.sums_per_task()]);
-          if (at_once) order.template apply<kGradientOfConstants>(task, by);
-        });
-        order.finish(partial.data(), first, second);
-        for (int64_t c = 0; c < channels; ++c) second[c] *= scale[c];
-      } else if (at_once) {
-        run(parallel_for, order, [&](int64_t task) { order.template apply<kGradientOfConstants>(task, by); });
-      }
-      for (int64_t c = 0; c < channels; ++c) {
-        store(dweight, dweight_dtype, c, second[c] * value_or(gain, c, 1) + first[c] * value_or(offset, c, 0));
-        store(dbias, dbias_dtype, c, first[c]);
-      }
-      if (dx_ && feedback && !by_channel) {
-        set_coefficients();
-        run(parallel_for, order, [&](int64_t task) { order.template apply<kGradient>(task, by); });
-      }
-    });
+    const Data<T> data{call->outer, call->channels, call->inner, static_cast<const T*>(call->dy),
+                       static_cast<const T*>(call->x), static_cast<T*>(call->dx)};
+    with_order(data, [&](const auto& order) { backward<T>(*call, order); });
   });
 }
 
