@@ -42,6 +42,6 @@ def fold(sums: Tensor, statistics: Tensor, widths: Sequence[int], factors: Seque
     if (sums.numel(), statistics.numel(), len(factors)) != (layers + 2 * channels, 2 * channels, layers):
         raise RuntimeError(f"{layers} layers with {channels} channels need other sums and statistics")
     # They must live until the call is over.
-    arrays = (c_int64 * layers)(*widths), (c_double * layers)(*factors)
-    addresses = (*map(addressof, arrays), sums.data_ptr(), statistics.data_ptr())
+    of_layers = (c_int64 * layers)(*widths), (c_double * layers)(*factors)
+    addresses = (addressof(of_layers[0]), addressof(of_layers[1]), sums.data_ptr(), statistics.data_ptr())
     return native.fold(_CALL.pack(layers, *addresses, statistics.dtype == torch.float64))

@@ -213,6 +213,7 @@ def test_many_layers_are_committed_together_and_bit_identically(rank: Rank) -> N
 @on_ranks(2)
 def test_ranks_with_and_without_compiled_passes_commit_the_same_bits(rank: Rank) -> None:
     layers = nn.ModuleList(SyncAccumBatchNorm(width, dtype=torch.float64) for width in (1, 40, 300))
+    layer: Any
     library = native._library if rank.index == 0 else None
     with unittest.mock.patch.object(native, "_library", library):
         for _ in range(3):
