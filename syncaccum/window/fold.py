@@ -96,14 +96,16 @@ def _fold(layout: Layout, reduced: Tensor, current: Sequence[Tensor], factors: S
     mean, variance = update.unbind()
     # As fold.cpp, each operation rounds by itself: ranks with and
     # without it get the same bits. addcmul and lerp may fuse two.
-    # In place: variance is a view of update's second row.
+    # In place: fresh memory takes longer than the arithmetic.
+    square = mean * mean
     # Rounding can leave a constant channel below zero.
+    variance.sub_(square).clamp_min_(0)
     # n / (n - 1): running_var is unbiased, as nn.BatchNorm's.
-    variance.sub_(mean * mean).clamp_min_(0).mul_(n / (n - 1))
+    variance.mul_(n.div_(torch.sub(n, 1, out=square)))
     # Computed in float64, then rounded once.
     old = concatenate(current, reduced.device).to(torch.float64).view(2, -1)
     share = _spread_factors(factors, layout, reduced.device)
-    new = (old * (1 - share) + update * share).view(-1)
+    new = old.mul_(1 - share).add_(update.mul_(share)).view(-1)
     rounded, stored = _round_as_stored(new, layout, current)
     # float32 at least: in float16 good values sum to Inf.
     checksum = rounded.sum(dtype=torch.promote_types(rounded.dtype, torch.float32)).item()
