@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncaccum.layer.balance import spread
+from syncaccum.layer.balance import Due, count_payers
 from syncaccum.layer.following import follow
 from syncaccum.layer.replay import Record, Records
 
@@ -170,32 +170,47 @@ class Ledger:
             of_sample: values per channel in each.
             record: what its forward used.
         """
-        feedback = self._pay(batch, samples * of_sample, of_sample, record) if record.counts else None
-        if feedback is None:
-            # No books: its own share, as if the others were constants.
-            feedback = batch / (record.others[0] + samples * of_sample)
-        return feedback
-
-    def _pay(self, batch: Tensor, n: int, of_sample: int, record: Record) -> Tensor | None:
-        """A and B for a micro-batch, booked; None if its window is over."""
         with _books:
-            if record.number != self.number:
-                return None
-            self._settle()
-            owed = batch + self.owed.to(batch.device)
-            done = self.paid_at.get(record.forward)
-            # Walked again: its sums come to those of the first walk.
-            debt, before = (owed, self.done) if done is None else (batch, done)
-            if self.expected:
-                feedback = spread(debt, n, before, self.expected, _LEAST * of_sample)
-                owed = owed.sub(feedback, alpha=n)
-            else:
-                # Nobody knows how long it will be: the mean of what came.
-                feedback = debt / (before + n + of_sample)
-            self.paid_at[record.forward] = before
-            # One call: a signal comes before or after it.
-            vars(self).update(owed=owed.to(self.owed.device), done=self.done + n if done is None else self.done)
-            return feedback
+            due = self._ask(samples * of_sample, of_sample, record)
+            self._book(due, batch, samples * of_sample, record)
+        return due.feedback(batch)
+
+    def ask(self, samples: int, of_sample: int, record: Record) -> Due:
+        """`take_back` before the sums are known. `book` follows."""
+        with _books:
+            return self._ask(samples * of_sample, of_sample, record)
+
+    def book(self, due: Due, batch: Tensor, n: int, record: Record) -> None:
+        """A micro-batch of n values and these sums has paid what was due."""
+        with _books:
+            self._book(due, batch, n, record)
+
+    def _ask(self, n: int, of_sample: int, record: Record) -> Due:
+        if not self._is_booked(record):
+            # No books: its own share, as if the others were constants.
+            return Due(None, record.others[0] + n)
+        self._settle()
+        paid_at = self.paid_at.get(record.forward)
+        # Walked again: its sums come to those of the first walk.
+        owed, before = (self.owed, self.done) if paid_at is None else (None, paid_at)
+        if self.expected:
+            payers = count_payers(n, before, self.expected, _LEAST * of_sample)
+            return Due(owed, payers, n / payers)
+        # Nobody knows how long it will be: the mean of what came.
+        return Due(owed, before + n + of_sample)
+
+    def _book(self, due: Due, batch: Tensor, n: int, record: Record) -> None:
+        if not self._is_booked(record):
+            return
+        is_first = due.owed is not None
+        if is_first:
+            self.paid_at[record.forward] = self.done
+        owed = due.close(self.owed, batch)
+        # One call: a signal comes before or after it.
+        vars(self).update(owed=owed, done=self.done + n if is_first else self.done)
+
+    def _is_booked(self, record: Record) -> bool:
+        return record.counts and record.number == self.number
 
     def settle(self) -> None:
         """Close the books of a window that is over, if no backward has done so."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from syncaccum.layer.accumulate import bring_window_home
+from syncaccum.layer.balance import Due
 from syncaccum.layer.ledger import Ledger
 from syncaccum.layer.passes import normalize
 from syncaccum.layer.policies import Normalizer, Window, copy_committed
@@ -34,11 +35,11 @@ def normalize_so_far(
         committed = _count_committed(layer, x)
         return normalize_compiled(x, weight, bias, eps, state.window, committed, state.ledger.key, counts)
     visit = _Visit(layer, x, eps, counts)
-    return normalize(x, weight, bias, visit, visit.take_back)
+    return normalize(x, weight, bias, visit, visit)
 
 
 class _Visit:
-    """One forward: as a policy it says what to normalise with, and to the backward what to take back."""
+    """One forward: as a policy it says what to normalise with, and as a `Balance` what its backward takes back."""
 
     def __init__(self, layer: Accumulating, x: Tensor, eps: float, counts: bool) -> None:
         match_width(layer)
@@ -46,39 +47,51 @@ class _Visit:
         assert ledger is not None
         self._ledger, self._eps = ledger, eps
         self._samples, self._of_sample = x.shape[0], _values_of_sample(x)
+        has_values = not has_no_values(x)
         # Transforms of torch.func, and shapes alone, have no books.
-        is_plain = not (is_transformed() or has_no_values(x))
+        is_plain = has_values and not is_transformed()
         self._layer = layer if is_plain and runs_in_backward() else None
         # Where a checkpoint may run this again. If it is the reentrant one,
         # no graph of ours keeps the record.
         self._holds = is_plain and not torch.is_grad_enabled()
         self._keeps = self._holds or (is_plain and saved_tensor_hooks() is not None)
+        if has_values and not getattr(layer, "_is_replica", False):
+            bring_window_home(layer._accumulation, x.device)
         others = _count_others(layer, ledger, x)
         self._record = Record(others, ledger.number, number_forward(), counts and is_plain)
 
     def normalizer(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
+        own = pack_statistics(count, mean, variance)
         if self._layer is not None:
-            own = pack_statistics(count, mean, variance)
             self._record = self._ledger.recall(own, self._layer._accumulation.name or type(self._layer).__name__)
         else:
-            if self._keeps:
-                self._ledger.records.add(self._record, pack_statistics(count, mean, variance), hold=self._holds)
-            if self._record.counts:
-                self._ledger.note(mean, self._samples)
-        return Window(self._eps, self._record.others).normalizer(count, mean, variance)
+            self.note(own, mean)
+        return Window(self._eps, self._record.others).normalizer_of(own)
+
+    @property
+    def window(self) -> Window | None:
+        return Window(self._eps, self._record.others) if self._layer is None else None
+
+    def note(self, own: Tensor, mean: Tensor) -> None:
+        if self._keeps:
+            self._ledger.records.add(self._record, own, hold=self._holds)
+        if self._record.counts:
+            self._ledger.note(mean, self._samples)
 
     def take_back(self, sums: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """From a micro-batch's sums of dy and dy*x_hat to A and B."""
         first, second = self._ledger.take_back(torch.cat(sums), self._samples, self._of_sample, self._record).chunk(2)
         return first, second
+
+    def ask(self) -> Due:
+        return self._ledger.ask(self._samples, self._of_sample, self._record)
+
+    def book(self, due: Due, sums: Tensor) -> None:
+        self._ledger.book(due, sums, self._samples * self._of_sample, self._record)
 
 
 def _count_others(layer: Accumulating, ledger: Ledger, x: Tensor) -> Tensor:
     """Packed moments of all that a micro-batch is counted together with: this window's earlier ones, and the prior."""
-    state = layer._accumulation
-    if not (getattr(layer, "_is_replica", False) or has_no_values(x)):
-        bring_window_home(state, x.device)
-    window = state.window.to(x.device)
+    window = layer._accumulation.window.to(x.device)
     if ledger.knows_prior:
         return torch.add(window, ledger.prior.to(x.device), alpha=_values_of_sample(x))
     return window + _count_committed(layer, x)
