@@ -1,23 +1,19 @@
-"""The compiled passes: whether they are here, which tensors they take, and their calls.
+"""The compiled passes: which tensors they take, and their calls.
 
 `kernels/passes.cpp` has them. Plain torch stands in where they are not (`measure`, `passes`), and is their oracle.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
 from collections.abc import Sequence
-from ctypes import c_char_p, c_void_p
-from pathlib import Path
 from struct import Struct
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from syncaccum.layer.kernels.build import is_current, library_for
+from syncaccum.layer.library import load
 from syncaccum.layer.memory_order import is_rows
 from syncaccum.torch_private import is_watched
 
@@ -51,41 +47,7 @@ class Recipe(NamedTuple):
     others: Tensor | None = None  # packed moments that the micro-batch is counted together with
 
 
-class _Library:
-    """The two functions of passes.cpp, and torch's own loop over threads, which they run in."""
-
-    def __init__(self) -> None:
-        if os.environ.get("SYNCACCUM_NATIVE", "1") == "0":
-            raise OSError("SYNCACCUM_NATIVE=0 switched them off")
-        self.capability = torch.backends.cpu.get_cpu_capability()
-        path = library_for(self.capability)
-        if not path.exists():
-            raise OSError(f"{path.name} was not built: install from source where there is a C++ compiler")
-        try:
-            # Of torch's stable C interface, since 2.10.
-            loop = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cpu.so")).torch_parallel_for
-        except (OSError, AttributeError):
-            raise OSError("torch has no torch_parallel_for: they need torch 2.10 or newer") from None
-        self.parallel_for = ctypes.cast(loop, c_void_p).value or 0
-        # Its structs may differ: wrong numbers, or a crash.
-        if not is_current(self.capability):
-            raise OSError(f"{path.name} was built from another version of its source: install anew")
-        library = ctypes.CDLL(str(path))
-        self.forward, self.backward = library.syncaccum_forward, library.syncaccum_backward
-        # A packed struct: one argument takes ctypes a tenth of the time.
-        self.forward.argtypes = self.backward.argtypes = [c_char_p]
-        self.forward.restype = self.backward.restype = None
-
-
-def _load() -> tuple[_Library | None, str]:
-    try:
-        library = _Library()
-    except OSError as error:
-        return None, f"torch ({error})"
-    return library, f"compiled, {library.capability}"
-
-
-_library, _which = _load()
+_library, _which = load()
 
 
 def which() -> str:
@@ -249,6 +211,12 @@ def _backward(
     data = (dy.data_ptr(), x.data_ptr(), _address(dx), sums.data_ptr(), is_known)
     results = (_address(owed), *_typed(dweight), *_typed(dbias))
     _library.backward(_BACKWARD.pack(*geometry, *data, *norm, *_typed(weight), one, _address(each), *results))
+
+
+def fold(call: bytes) -> float:
+    """The call of fold.cpp; `window/compiled_fold.py` packs it."""
+    assert _library is not None
+    return float(_library.fold(call))
 
 
 def _feedback(feedback: Tensor | float | None, channels: int) -> tuple[float, Tensor | None]:

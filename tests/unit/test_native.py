@@ -311,9 +311,10 @@ def test_an_environment_variable_switches_them_off(setting: str) -> None:
     [
         ("passes.cpp", "", "", "compiled"),
         ("passes.cpp", "double eps, prior_count", "double prior_count, eps", "was built from another version"),
+        ("fold.cpp", "n / (n - 1)", "1.0", "was built from another version"),
         ("build.py", '"-O3"', '"-O2"', "was built from another version"),
     ],
-    ids=["as it was", "another struct", "other flags"],
+    ids=["as it was", "another struct", "another fold", "other flags"],
 )
 def test_a_library_of_another_source_is_refused(name: str, before: str, after: str, which: str, tmp_path: Path) -> None:
     """Its structs may have other fields: it would give wrong numbers without a word."""

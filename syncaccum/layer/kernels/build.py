@@ -12,13 +12,16 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCE = HERE / "passes.cpp"
 # Sums may be reordered where the source says so only.
 # Floating-point exceptions and errno, which nobody reads, forbid vectors.
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+# With flags of its own each. A product and a sum fused into one operation
+# would round otherwise than torch's two, and ranks need the same bits.
+SOURCES: dict[str, list[str]] = {"passes.cpp": [], "fold.cpp": ["-ffp-contract=off"]}
 # One library for each that torch.backends.cpu.get_cpu_capability() may answer:
 # who builds need not be who runs.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -37,7 +40,8 @@ def is_current(capability: str) -> bool:
 
 
 def _take_fingerprint(capability: str) -> str:
-    return hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, CAPABILITIES[capability])).encode()).hexdigest()
+    source = b"".join((HERE / name).read_bytes() for name in SOURCES)
+    return hashlib.sha256(source + repr((FLAGS, SOURCES, CAPABILITIES[capability])).encode()).hexdigest()
 
 
 def build() -> list[Path]:
@@ -57,9 +61,16 @@ def _compile(capability: str, flags: list[str]) -> Path:
     # Moved into place whole: another process may load it meanwhile.
     unfinished = path.with_suffix(f".{os.getpid()}")
     mark = f'-DSYNCACCUM_SOURCE="{_take_fingerprint(capability)}"'
-    command = [*compiler, *FLAGS, *flags, mark, str(SOURCE), "-o", str(unfinished)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:
+        objects = [str(Path(folder, source).with_suffix(".o")) for source in SOURCES]
+        for (source, its_flags), compiled in zip(SOURCES.items(), objects, strict=True):
+            _run([*compiler, *FLAGS, *flags, *its_flags, mark, "-c", str(HERE / source), "-o", compiled])
+        _run([*compiler, "-shared", *objects, "-o", str(unfinished)])
     return unfinished.replace(path)
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 def main() -> None:
