@@ -10,6 +10,7 @@ layers override (``_apply``, ``_load_from_state_dict``, ``_check_input_dim``), a
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.parallel import DistributedDataParallel, distributed
+from torch.nn.utils import stateless
 from torch.utils import _python_dispatch as dispatch
 
 # mypy lets others import an imported name only if listed.
@@ -62,6 +64,15 @@ def is_in_vmap(tensor: Tensor) -> bool:
             return True
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return False
+
+
+def given_to_functional_call() -> Iterator[Tensor]:
+    """The parameters and buffers that the calls of ``torch.func.functional_call`` around this code were given."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is stateless._functional_call.__code__:
+            yield from frame.f_locals["parameters_and_buffers"].values()
 
 
 def outside_transforms() -> AbstractContextManager[Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from syncaccum.layer.accumulation import Accumulation
 from syncaccum.layer.following import bring_home
-from syncaccum.layer.notices import FORGOTTEN_AFTER, warn_of_forgotten_commits
+from syncaccum.layer.notices import FORGOTTEN_AFTER, note_export, warn_of_forgotten_commits
 from syncaccum.layer.state import Accumulating, match_width
 from syncaccum.torch_private import (
     add_to_all,
@@ -41,6 +41,7 @@ def accumulate(layer: Accumulating, sums: Tensor) -> None:
     state = layer._accumulation
     _open(layer)
     if torch.compiler.is_compiling():
+        note_export(layer)
         add_unless_in_backward(state.window, sums)
         return
     # A checkpoint's second forward: its data was counted in the first.
@@ -48,7 +49,7 @@ def accumulate(layer: Accumulating, sums: Tensor) -> None:
         return
     match_width(layer)
     if is_transformed():
-        _refuse_vmap(layer, sums)
+        refuse_vmap(layer, sums)
         with outside_transforms():
             _add(state, take_out_of_transforms(sums))
     elif getattr(layer, "_is_replica", False):
@@ -104,7 +105,8 @@ def bring_window_home(state: Accumulation, device: torch.device) -> None:
         state.window = bring_home(state.window, device)
 
 
-def _refuse_vmap(layer: Accumulating, sums: Tensor) -> None:
+def refuse_vmap(layer: Accumulating, sums: Tensor) -> None:
+    """Raise where sums are those of many examples that look like one."""
     if is_in_vmap(sums):
         raise RuntimeError(
             f"a training forward under torch.vmap would be a micro-batch for each example: call {layer} on the whole "

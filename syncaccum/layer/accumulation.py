@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from syncaccum.layer.ledger import Ledger
+from syncaccum.layer.replay import Records
 from syncaccum.layer.settings import check_settings
 from syncaccum.ranks.groups import GroupHandle
 
@@ -35,8 +36,12 @@ class Accumulation:
     """Whether any forward counted since the last commit."""
     is_committed: bool = False
     """Whether there was a commit since the statistics were reset. One without any values is enough."""
-    has_normalised: bool = False
-    """Whether any training forward used the running statistics as they are now: see `note_forward`."""
+    used_since: int | None = None
+    """The number of the first training forward that used the running statistics as they are now; None before it."""
+    home: Tensor | None = None
+    """The layer's own running mean, as last seen: see `given`."""
+    records: Records = field(default_factory=lambda: Records(spans_windows=True))
+    """What statistics forwards used that a checkpoint may run again: see `repeat`."""
     ran_untracked: bool = False
     """Whether a training forward since then had track_running_stats off. A checkpoint's second one must not count."""
     micro_batches: int = 0
@@ -78,4 +83,4 @@ class Accumulation:
         if self.ledger is not None:
             self.ledger.forget()
         self.is_committed = is_committed
-        self.has_normalised = False
+        self.used_since = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import secrets
 import threading
 import weakref
 from collections.abc import Mapping
@@ -25,15 +25,24 @@ _LEAST = 4
 """The values that pay are taken for no fewer than those of so many samples."""
 
 _ledgers: weakref.WeakValueDictionary[int, Ledger] = weakref.WeakValueDictionary()
-_keys = itertools.count()
 
 _books = threading.Lock()
 """Backward walks may run in several threads: those of several devices, or of DataParallel's replicas."""
 
 
 def ledger_of(key: Tensor) -> Ledger:
-    """The ledger with this key: operators of compiled code take tensors alone."""
-    return _ledgers[int(key)]
+    """The ledger with this key: operators of compiled code take tensors alone.
+
+    Raises:
+        RuntimeError: no layer of this process has it.
+    """
+    ledger = _ledgers.get(int(key))
+    if ledger is None:
+        raise RuntimeError(
+            "a graph of a training forward under policy \"window\" has lost the layer that it was made from: it was loaded "
+            "from a file, or its model is gone. Train the model itself, and to save a graph export it in eval mode"
+        )
+    return ledger
 
 
 @dataclass(eq=False)
@@ -72,7 +81,8 @@ class Ledger:
 
     def __post_init__(self) -> None:
         self.records, self.paid_at = Records(), {}
-        number = next(_keys)
+        # At random: a graph from a file has a key of another process.
+        number = secrets.randbits(62)
         # A default device may be another one.
         self.key = torch.tensor(number, device="cpu")
         _ledgers[number] = self

@@ -1,4 +1,4 @@
-"""A checkpoint's second forward under policy "window" uses what the first one used, although the window has gone on.
+"""A checkpoint's second forward is known again, so that it uses what the first one used, or says that it cannot.
 
 Both see the same data. So the first forward leaves a record with a few of its sums, and the second finds it by them.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import weakref
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +28,8 @@ _TOLERANCE = 3e-4
 # records, too.
 _MOST = 1000
 
+# Of those that outlive their window, so many wait for a backward.
+_MOST_LASTING = 64
 
 _forwards = itertools.count()
 
@@ -39,10 +43,10 @@ def number_forward() -> int:
 class Record:
     """What a forward used."""
 
-    others: Tensor
-    """Packed moments of what it was counted together with."""
+    others: Tensor | None
+    """Under policy "window": packed moments of what it was counted together with."""
     number: int
-    """Of its window."""
+    """Of its window, or of the running statistics that it used."""
     forward: int
     """Its own number, see `number_forward`."""
     counts: bool
@@ -54,27 +58,42 @@ class Record:
 
 
 class Records:
-    """Of the forwards in the open window, oldest first."""
+    """Of forwards, oldest first: those in the open window, or with ``spans_windows`` those before it, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, spans_windows: bool = False) -> None:
+        self._spans_windows = spans_windows
         self._held: list[Record] = []
         self._live: list[weakref.ref[Record]] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of a layer has no graphs.
+        return partial(Records, spans_windows=self._spans_windows), ()
 
     def add(self, record: Record, own: Tensor, *, hold: bool) -> None:
         """Keep the record of a forward with these packed moments: until the window ends, or while others hold it."""
         record.sample = _sample(own)
-        # Those of a window that is over are of no use.
-        if self._held and self._held[0].number != record.number:
+        # Those of a window that is over, or that ran again, are of no use.
+        if self._spans_windows:
+            self._held = [held for held in self._held if not held.uses][-_MOST_LASTING:]
+        elif self._held and self._held[0].number != record.number:
             self._held.clear()
         if hold:
             self._held = [*self._held, record][-_MOST:]
-        self._live = [ref for ref in self._live if (other := ref()) is not None and other.number == record.number]
-        self._live.append(weakref.ref(record))
+        live = self._alive(None if self._spans_windows else record.number)
+        self._live = [weakref.ref(other) for other in (*live, record)]
 
-    def find(self, own: Tensor, number: int) -> Record | None:
-        """The record of the forward in this window that had these packed moments, or almost these; None if none had."""
+    def has_others(self, number: int) -> bool:
+        """Whether any forward that may run again had another number."""
+        return any(record.number != number for record in self._alive(None))
+
+    def find(self, own: Tensor, number: int | None = None) -> Record | None:
+        """The record of the forward that had these packed moments, or almost these; None if none had.
+
+        Args:
+            number: of a window, to look there alone.
+        """
         sample = _sample(own)
-        live = [record for ref in reversed(self._live) if (record := ref()) is not None and record.number == number]
+        live = list(reversed(self._alive(number)))
         distances = [_distance(record.sample, sample) for record in live]
         if not distances or min(distances) > _TOLERANCE:
             return None
@@ -83,6 +102,10 @@ class Records:
         found = min(nearest, key=lambda record: record.uses)
         found.uses += 1
         return found
+
+    def _alive(self, number: int | None) -> list[Record]:
+        records = [record for ref in self._live if (record := ref()) is not None]
+        return records if number is None else [record for record in records if record.number == number]
 
 
 def _sample(own: Tensor) -> Moments:

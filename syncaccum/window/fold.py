@@ -62,7 +62,7 @@ def apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> Non
             *steps_of_new_window(states),
             *closing,
             # A checkpoint's second forward would now see other statistics.
-            *(partial(setattr, state, "has_normalised", False) for state in states),
+            *(partial(setattr, state, "used_since", None) for state in states),
         ]
     )
 

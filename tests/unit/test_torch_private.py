@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -255,6 +256,23 @@ def test_tensors_inside_transforms() -> None:
     torch.func.grad(forward)(x[0])
     assert seen == [(True, (2, 3)), (False, (3,))]
     assert outside.tolist() == [2, 2, 2]
+
+
+def test_tensors_that_are_given_to_functional_call() -> None:
+    seen = []
+
+    class Looks(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(list(torch_private.given_to_functional_call()))
+            return x
+
+    module, x, given = Looks(1, 1), torch.ones(1, 1), torch.zeros(1)
+    functional_call(module, {"bias": given}, (x,))
+    torch.func.grad(lambda bias: functional_call(module, ({"bias": bias}, {"weight": x}), (x,)).sum())(given)
+    module(x)
+    assert [len(tensors) for tensors in seen] == [1, 2, 0]
+    assert seen[0][0] is given
+    assert seen[1][1] is x
 
 
 def test_ddp_sorts_its_buckets_once_after_a_backward(group: None) -> None:

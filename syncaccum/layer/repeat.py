@@ -1,0 +1,60 @@
+"""A checkpoint's second forward must see the running statistics of the first: else its gradient is of something else.
+
+The first forward leaves a few sums of its data, and the second finds by them which statistics it used.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from syncaccum.layer.notices import raise_statistics_changed
+from syncaccum.layer.policies import Normalizer, Policy
+from syncaccum.layer.replay import Record
+from syncaccum.layer.state import Accumulating
+from syncaccum.moments import pack_statistics
+from syncaccum.torch_private import has_no_values, is_transformed, runs_in_backward, saved_tensor_hooks
+
+
+def watch_repeats(layer: Accumulating, policy: Policy, x: Tensor, weight: Tensor | None) -> Policy:
+    """The policy for a forward of this layer; one that watches, where a checkpoint may run it again, or does so now."""
+    if layer._accumulation.normalization == "batch":
+        return policy
+    may_repeat = saved_tensor_hooks() is not None or not torch.is_grad_enabled()
+    if not (may_repeat or runs_in_backward()) or is_transformed() or has_no_values(x):
+        return policy
+    return _Watching(layer, policy, has_node=_has_node(x, weight))
+
+
+def _has_node(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether the forward leaves a node in a graph, which then holds the policy."""
+    return torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
+
+
+class _Watching:
+    """A policy, and the record of the forward that it is for."""
+
+    def __init__(self, layer: Accumulating, policy: Policy, *, has_node: bool) -> None:
+        self._policy = policy
+        self._hold = not has_node
+        self._layer: Accumulating | None = layer
+        self._record: Record | None = None
+
+    def normalizer(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
+        # A gradient of the gradient asks again, in a backward.
+        layer, self._layer = self._layer, None
+        if layer is not None:
+            self._watch(layer, pack_statistics(count, mean, variance))
+        return self._policy.normalizer(count, mean, variance)
+
+    def _watch(self, layer: Accumulating, own: Tensor) -> None:
+        state = layer._accumulation
+        assert state.used_since is not None
+        if not runs_in_backward():
+            self._record = Record(None, state.used_since, state.used_since, counts=False)
+            state.records.add(self._record, own, hold=self._hold)
+        # To compare is to wait for a GPU: only if it can matter.
+        elif state.records.has_others(state.used_since):
+            first = state.records.find(own)
+            if first is not None and first.number != state.used_since:
+                raise_statistics_changed(layer)
