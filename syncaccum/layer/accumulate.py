@@ -39,17 +39,19 @@ def accumulate(layer: Accumulating, sums: Tensor) -> None:
         RuntimeError: under ``torch.vmap``, which has a micro-batch of its own for each example.
     """
     state = layer._accumulation
-    _open(layer)
     if torch.compiler.is_compiling():
+        _open(layer)
         note_export(layer)
         add_unless_in_backward(state.window, sums)
         return
+    if is_transformed():
+        refuse_vmap(layer, sums)
+    _open(layer)
     # A checkpoint's second forward: its data was counted in the first.
     if runs_in_backward():
         return
     match_width(layer)
     if is_transformed():
-        refuse_vmap(layer, sums)
         with outside_transforms():
             _add(state, take_out_of_transforms(sums))
     elif getattr(layer, "_is_replica", False):

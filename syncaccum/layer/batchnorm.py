@@ -240,7 +240,8 @@ def _check_input(layer: SyncAccumBatchNorm, input: Tensor) -> None:
     layer._check_input_dim(input)
     if not input.is_floating_point():
         raise ValueError(f"expected a floating-point input, got {input.dtype}, in {layer}")
-    if input.shape[1] != layer.num_features:
+    # To torch.jit.trace shapes are tensors, and a comparison is a warning.
+    if not torch.jit.is_tracing() and input.shape[1] != layer.num_features:
         raise ValueError(
             f"expected {layer.num_features} channels in dimension 1, got input size {tuple(input.shape)}, in {layer}"
         )

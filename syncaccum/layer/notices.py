@@ -21,14 +21,13 @@ def note_forward(layer: Accumulating) -> None:
 
     Raises:
         RuntimeError: it is a checkpoint's second forward, and the first one used other statistics, so that the
-            gradient would be wrong; or the first one did not count, and then neither would.
+            gradient would be wrong; or the first one did not count, and then neither would. Or ``torch.jit.trace``
+            looks on.
     """
     if torch.jit.is_tracing():
-        warn_once(
-            layer,
-            "traced",
-            "is traced in training mode: the trace holds this micro-batch's size and statistics for good, so it is wrong "
-            "for any other. Call model.eval() before torch.jit.trace",
+        raise RuntimeError(
+            f"torch.jit.trace cannot take layer {name_of(layer)} in training mode, where each micro-batch is normalised "
+            "with other statistics: call model.eval() before, or use torch.compile"
         )
     state = layer._accumulation
     if state.used_since is None and not runs_in_backward():
