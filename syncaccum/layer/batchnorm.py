@@ -19,6 +19,7 @@ from syncaccum.layer.so_far import normalize_so_far
 from syncaccum.layer.state import TRACED_AS, Accumulating, adopt, has_statistics, name_of, tracks
 from syncaccum.moments import Moments
 from syncaccum.ranks.groups import Group
+from syncaccum.torch_private import is_traced
 from syncaccum.window.commit import commit_layers
 
 
@@ -166,8 +167,8 @@ class SyncAccumBatchNorm(Accumulating):
     def __prepare_scriptable__(self) -> NoReturn:
         """What torch.jit.script asks of a layer before it compiles its forward."""
         raise RuntimeError(
-            f"torch.jit.script cannot compile layer {name_of(self)}, which accumulates in Python: give it a copy without, "
-            "revert_sync_accum(copy.deepcopy(model)), or use torch.jit.trace in eval mode"
+            f"torch.jit.script cannot compile layer {name_of(self)}, which accumulates in Python: give it a copy "
+            "without, revert_sync_accum(copy.deepcopy(model)), or use torch.jit.trace in eval mode"
         )
 
     def extra_repr(self) -> str:
@@ -241,7 +242,7 @@ def _check_input(layer: SyncAccumBatchNorm, input: Tensor) -> None:
     if not input.is_floating_point():
         raise ValueError(f"expected a floating-point input, got {input.dtype}, in {layer}")
     # To torch.jit.trace shapes are tensors, and a comparison is a warning.
-    if not torch.jit.is_tracing() and input.shape[1] != layer.num_features:
+    if not is_traced() and input.shape[1] != layer.num_features:
         raise ValueError(
             f"expected {layer.num_features} channels in dimension 1, got input size {tuple(input.shape)}, in {layer}"
         )

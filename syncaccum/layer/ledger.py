@@ -39,8 +39,8 @@ def ledger_of(key: Tensor) -> Ledger:
     ledger = _ledgers.get(int(key))
     if ledger is None:
         raise RuntimeError(
-            "a graph of a training forward under policy \"window\" has lost the layer that it was made from: it was loaded "
-            "from a file, or its model is gone. Train the model itself, and to save a graph export it in eval mode"
+            'a graph of a training forward under policy "window" has lost the layer that it was made from: it was '
+            "loaded from a file, or its model is gone. Train the model itself; to save a graph export it in eval mode"
         )
     return ledger
 

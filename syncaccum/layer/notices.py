@@ -9,7 +9,7 @@ import torch
 
 from syncaccum.layer.replay import number_forward
 from syncaccum.layer.state import Accumulating, has_statistics, name_of, tracks
-from syncaccum.torch_private import runs_in_backward
+from syncaccum.torch_private import is_traced, runs_in_backward
 
 # So many micro-batches without a commit: surely forgotten.
 # Windows of some hundred are in use.
@@ -24,10 +24,10 @@ def note_forward(layer: Accumulating) -> None:
             gradient would be wrong; or the first one did not count, and then neither would. Or ``torch.jit.trace``
             looks on.
     """
-    if torch.jit.is_tracing():
+    if is_traced():
         raise RuntimeError(
-            f"torch.jit.trace cannot take layer {name_of(layer)} in training mode, where each micro-batch is normalised "
-            "with other statistics: call model.eval() before, or use torch.compile"
+            f"torch.jit.trace cannot take layer {name_of(layer)} in training mode, where each micro-batch is "
+            "normalised with other statistics: call model.eval() before, or use torch.compile"
         )
     state = layer._accumulation
     if state.used_since is None and not runs_in_backward():

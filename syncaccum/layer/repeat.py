@@ -15,6 +15,8 @@ from syncaccum.layer.state import Accumulating
 from syncaccum.moments import pack_statistics
 from syncaccum.torch_private import has_no_values, is_transformed, runs_in_backward, saved_tensor_hooks
 
+_NOTHING = torch.empty(0)
+
 
 def watch_repeats(layer: Accumulating, policy: Policy, x: Tensor, weight: Tensor | None) -> Policy:
     """The policy for a forward of this layer; one that watches, where a checkpoint may run it again, or does so now."""
@@ -51,7 +53,7 @@ class _Watching:
         state = layer._accumulation
         assert state.used_since is not None
         if not runs_in_backward():
-            self._record = Record(None, state.used_since, state.used_since, counts=False)
+            self._record = Record(_NOTHING, state.used_since, state.used_since, counts=False)
             state.records.add(self._record, own, hold=self._hold)
         # To compare is to wait for a GPU: only if it can matter.
         elif state.records.has_others(state.used_since):

@@ -43,8 +43,8 @@ def number_forward() -> int:
 class Record:
     """What a forward used."""
 
-    others: Tensor | None
-    """Under policy "window": packed moments of what it was counted together with."""
+    others: Tensor
+    """Packed moments of what it was counted together with; empty under policies that do not ask."""
     number: int
     """Of its window, or of the running statistics that it used."""
     forward: int

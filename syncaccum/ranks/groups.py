@@ -36,8 +36,8 @@ class GroupHandle:
                     else "pass one of those; an mpi4py communicator needs pip install syncaccum[mpi]"
                 )
                 raise ValueError(
-                    "process_group must be a torch.distributed ProcessGroup or DeviceMesh, an mpi4py communicator or None, "
-                    f"got {group!r}: {remedy}"
+                    "process_group must be a torch.distributed ProcessGroup or DeviceMesh, an mpi4py communicator or "
+                    f"None, got {group!r}: {remedy}"
                 )
             check_communicator(group)
         self.group = group

@@ -47,7 +47,8 @@ def shard(model: nn.Sequential, parts: str) -> nn.Sequential:
         for child in model:
             if list(child.parameters()):
                 fully_shard(child, mesh=mesh, mp_policy=BFLOAT16)
-    return fully_shard(model, mesh=mesh, mp_policy=BFLOAT16)
+    fully_shard(model, mesh=mesh, mp_policy=BFLOAT16)
+    return model
 
 
 @every_policy
@@ -79,10 +80,12 @@ def test_a_sharded_model_resumes_in_mid_window_from_a_distributed_checkpoint(ran
     model(draw(rank, 1)).float().square().mean().backward()
     model.zero_grad()  # no checkpoint of torch's holds gradients
     folder = rank.folder / "dcp"
-    checkpoint.save({"model": get_model_state_dict(model), "windows": gather_window_state_dict(model)}, checkpoint_id=folder)
+    checkpoint.save(
+        {"model": get_model_state_dict(model), "windows": gather_window_state_dict(model)}, checkpoint_id=folder
+    )
 
     resumed = shard(make_model(policy), "root")
-    state = {"model": get_model_state_dict(resumed), "windows": gather_window_state_dict(resumed)}
+    state: dict[str, Any] = {"model": get_model_state_dict(resumed), "windows": gather_window_state_dict(resumed)}
     checkpoint.load(state, checkpoint_id=folder)
     set_model_state_dict(resumed, state["model"])
     load_window_state_dict(resumed, state["windows"])

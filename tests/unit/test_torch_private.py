@@ -288,7 +288,7 @@ def test_modes_and_traces_watch_each_operator() -> None:
     seen = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append(torch_private.is_watched())
+        seen.append((torch_private.is_watched(), torch_private.is_traced()))
         return x
 
     x = torch.ones(1)
@@ -296,5 +296,5 @@ def test_modes_and_traces_watch_each_operator() -> None:
     with TorchDispatchMode():
         look(x)
     torch.jit.trace(look, torch.ones(1), check_trace=False)
-    assert seen == [False, True, True]
+    assert seen == [(False, False), (True, False), (True, True)]
     assert not torch_private.is_watched()
