@@ -10,7 +10,15 @@ from torch import Tensor
 
 from syncaccum.layer.accumulation import Accumulation
 from syncaccum.layer.following import bring_home
-from syncaccum.layer.notices import FORGOTTEN_AFTER, note_export, warn_of_forgotten_commits
+from syncaccum.layer.keys import find
+from syncaccum.layer.notices import (
+    FORGOTTEN_AFTER,
+    leave_record,
+    note_export,
+    refuse_other_statistics,
+    warn_of_forgotten_commits,
+)
+from syncaccum.layer.replay import number_forward
 from syncaccum.layer.state import Accumulating, match_width
 from syncaccum.torch_private import (
     add_to_all,
@@ -18,6 +26,7 @@ from syncaccum.torch_private import (
     is_transformed,
     outside_transforms,
     runs_in_backward,
+    saved_tensor_hooks,
     take_out_of_transforms,
 )
 
@@ -42,7 +51,7 @@ def accumulate(layer: Accumulating, sums: Tensor) -> None:
     if torch.compiler.is_compiling():
         _open(layer)
         note_export(layer)
-        add_unless_in_backward(state.window, sums)
+        add_unless_in_backward(state.window, sums, state.key, torch.is_grad_enabled())
         return
     if is_transformed():
         refuse_vmap(layer, sums)
@@ -117,10 +126,20 @@ def refuse_vmap(layer: Accumulating, sums: Tensor) -> None:
 
 
 @torch.library.custom_op("syncaccum::add_unless_in_backward", mutates_args={"window"})
-def add_unless_in_backward(window: Tensor, sums: Tensor) -> None:
+def add_unless_in_backward(window: Tensor, sums: Tensor, key: Tensor, grad: bool) -> None:
     """Add a compiled forward's sums to the window, but not in a checkpoint's second forward.
 
     A compiled graph fixes all Python at the time of compiling. It calls an operator as it is, which asks each time.
     """
-    if not runs_in_backward():
-        window.add_(sums)
+    state: Accumulation = find(key)
+    # Policy "window" has its own operators for this; "batch" looks at no running statistics.
+    looks = state.normalization in ("renorm", "running")
+    if runs_in_backward():
+        if looks:
+            refuse_other_statistics(state, state.name or "in compiled code", sums)
+        return
+    window.add_(sums)
+    if state.used_since is None:
+        state.used_since = number_forward()
+    if looks and (saved_tensor_hooks() is not None or not grad):
+        leave_record(state, sums, hold=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
+from syncaccum.layer.keys import make_key
 from syncaccum.layer.ledger import Ledger
 from syncaccum.layer.replay import Records
 from syncaccum.layer.settings import check_settings
@@ -40,8 +42,6 @@ class Accumulation:
     """The number of the first training forward that used the running statistics as they are now; None before it."""
     home: Tensor | None = None
     """The layer's own running mean, as last seen: see `given`."""
-    records: Records = field(default_factory=lambda: Records(spans_windows=True))
-    """What statistics forwards used that a checkpoint may run again: see `repeat`."""
     ran_untracked: bool = False
     """Whether a training forward since then had track_running_stats off. A checkpoint's second one must not count."""
     micro_batches: int = 0
@@ -59,9 +59,26 @@ class Accumulation:
     said: set[str] = field(default_factory=set)
     """Warnings that were given. The layers of one conversion share it: one of them speaks for all."""
 
+    key: Tensor = field(init=False)
+    """Finds this from compiled code."""
+    records: Records = field(init=False)
+    """What statistics forwards used that a checkpoint may run again: see `notices`."""
+
     def __post_init__(self) -> None:
         check_settings(self.normalization, self.r_max, self.d_max, self.prior_count)
         self.match_ledger()
+        self._begin_alone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has a key of its own, and no graphs.
+        return {name: value for name, value in vars(self).items() if name not in ("key", "records")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin_alone()
+
+    def _begin_alone(self) -> None:
+        self.key, self.records = make_key(self), Records(spans_windows=True)
 
     def match_ledger(self) -> None:
         """Have a ledger of the window's width under policy "window", and none under others."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from syncaccum.layer.balance import spread
 from syncaccum.layer.following import follow
+from syncaccum.layer.keys import make_key
 from syncaccum.layer.replay import Record, Records
 
 PACKED = ("last", "owed", "squares", "counts")
@@ -24,25 +23,9 @@ PACKED = ("last", "owed", "squares", "counts")
 _LEAST = 4
 """The values that pay are taken for no fewer than those of so many samples."""
 
-_ledgers: weakref.WeakValueDictionary[int, Ledger] = weakref.WeakValueDictionary()
 
 _books = threading.Lock()
 """Backward walks may run in several threads: those of several devices, or of DataParallel's replicas."""
-
-
-def ledger_of(key: Tensor) -> Ledger:
-    """The ledger with this key: operators of compiled code take tensors alone.
-
-    Raises:
-        RuntimeError: no layer of this process has it.
-    """
-    ledger = _ledgers.get(int(key))
-    if ledger is None:
-        raise RuntimeError(
-            'a graph of a training forward under policy "window" has lost the layer that it was made from: it was '
-            "loaded from a file, or its model is gone. Train the model itself; to save a graph export it in eval mode"
-        )
-    return ledger
 
 
 @dataclass(eq=False)
@@ -81,11 +64,7 @@ class Ledger:
 
     def __post_init__(self) -> None:
         self.records, self.paid_at = Records(), {}
-        # At random: a graph from a file has a key of another process.
-        number = secrets.randbits(62)
-        # A default device may be another one.
-        self.key = torch.tensor(number, device="cpu")
-        _ledgers[number] = self
+        self.key = make_key(self)
 
     @classmethod
     def like(cls, window: Tensor) -> Ledger:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from typing import NoReturn
 
 import torch
+from torch import Tensor
 
-from syncaccum.layer.replay import number_forward
+from syncaccum.layer.accumulation import Accumulation
+from syncaccum.layer.replay import Record, number_forward
 from syncaccum.layer.state import Accumulating, has_statistics, name_of, tracks
 from syncaccum.torch_private import is_traced, runs_in_backward
 
 # So many micro-batches without a commit: surely forgotten.
 # Windows of some hundred are in use.
 FORGOTTEN_AFTER = 1000
+
+_NOTHING = torch.empty(0, device="cpu")
 
 
 def note_forward(layer: Accumulating) -> None:
@@ -42,15 +45,34 @@ def note_forward(layer: Accumulating) -> None:
         )
     # Policy "batch" looks at no running statistics.
     if state.normalization != "batch":
-        raise_statistics_changed(layer)
+        refuse_other_statistics(state, name_of(layer), _NOTHING)
 
 
-def raise_statistics_changed(layer: Accumulating) -> NoReturn:
+def leave_record(state: Accumulation, own: Tensor, *, hold: bool) -> Record:
+    """Note which statistics a forward uses that may run again, and its packed moments, by which it is found then.
+
+    Args:
+        hold: whether nobody else holds the record for as long as the forward's graph lives.
+    """
+    assert state.used_since is not None
+    record = Record(_NOTHING, state.used_since, state.used_since, counts=False)
+    state.records.add(record, own, hold=hold)
+    return record
+
+
+def refuse_other_statistics(state: Accumulation, name: str, own: Tensor) -> None:
     """Raise in a checkpoint's second forward whose first one used other running statistics."""
+    if state.used_since is not None:
+        # To compare is to wait for a GPU: only if it can matter.
+        if not state.records.has_others(state.used_since):
+            return
+        first = state.records.find(own)
+        if first is None or first.number == state.used_since:
+            return
     raise RuntimeError(
-        f"torch.utils.checkpoint runs the forward of layer {name_of(layer)} again, "
-        "but its running statistics were committed or loaded since the first time, so the gradient would be of "
-        'something else: call backward() before commit, or use normalization="batch"'
+        f"torch.utils.checkpoint runs the forward of layer {name} again, but its running statistics were committed or "
+        "loaded since the first time, so the gradient would be of something else: call backward() before commit, or "
+        'use normalization="batch"'
     )
 
 

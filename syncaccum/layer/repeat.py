@@ -8,14 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncaccum.layer.notices import raise_statistics_changed
+from syncaccum.layer.notices import leave_record, refuse_other_statistics
 from syncaccum.layer.policies import Normalizer, Policy
 from syncaccum.layer.replay import Record
-from syncaccum.layer.state import Accumulating
+from syncaccum.layer.state import Accumulating, name_of
 from syncaccum.moments import pack_statistics
 from syncaccum.torch_private import has_no_values, is_transformed, runs_in_backward, saved_tensor_hooks
-
-_NOTHING = torch.empty(0)
 
 
 def watch_repeats(layer: Accumulating, policy: Policy, x: Tensor, weight: Tensor | None) -> Policy:
@@ -50,13 +48,7 @@ class _Watching:
         return self._policy.normalizer(count, mean, variance)
 
     def _watch(self, layer: Accumulating, own: Tensor) -> None:
-        state = layer._accumulation
-        assert state.used_since is not None
-        if not runs_in_backward():
-            self._record = Record(_NOTHING, state.used_since, state.used_since, counts=False)
-            state.records.add(self._record, own, hold=self._hold)
-        # To compare is to wait for a GPU: only if it can matter.
-        elif state.records.has_others(state.used_since):
-            first = state.records.find(own)
-            if first is not None and first.number != state.used_since:
-                raise_statistics_changed(layer)
+        if runs_in_backward():
+            refuse_other_statistics(layer._accumulation, name_of(layer), own)
+        else:
+            self._record = leave_record(layer._accumulation, own, hold=self._hold)

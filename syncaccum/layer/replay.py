@@ -8,8 +8,6 @@ from __future__ import annotations
 import itertools
 import weakref
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,10 +62,6 @@ class Records:
         self._spans_windows = spans_windows
         self._held: list[Record] = []
         self._live: list[weakref.ref[Record]] = []
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A copy of a layer has no graphs.
-        return partial(Records, spans_windows=self._spans_windows), ()
 
     def add(self, record: Record, own: Tensor, *, hold: bool) -> None:
         """Keep the record of a forward with these packed moments: until the window ends, or while others hold it."""

@@ -25,8 +25,9 @@ def _read_definitions(path: str) -> dict[str, str]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             parts = [*node.decorator_list, node]
             found[node.name] = "\n".join(ast.get_source_segment(source, part) or "" for part in parts)
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            found[node.targets[0].id] = ast.get_source_segment(source, node) or ""
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            found[ast.unparse(target)] = ast.get_source_segment(source, node) or ""
     return found
 
 

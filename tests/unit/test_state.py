@@ -246,6 +246,27 @@ def test_a_recomputed_forward_from_before_a_commit_says_so_after_other_forwards(
     assert model[1].window.count == 8
 
 
+@pytest.mark.parametrize("between", [False, True], ids=["nothing between", "a forward between"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("policy", ["renorm", "running", "window"])
+def test_a_compiled_forward_that_runs_again_after_a_commit_says_so(policy: str, reentrant: bool, between: bool) -> None:
+    torch._dynamo.reset()
+    model = make_model(normalization=policy)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(draw(8, 3))
+    commit(model)
+    y = checkpoint(compiled, draw(8, 3, seed=1).requires_grad_(), use_reentrant=reentrant)
+    commit(model)
+    if between:
+        later = checkpoint(compiled, draw(8, 3, seed=2).requires_grad_(), use_reentrant=reentrant)
+    match = "again, but (its running statistics were committed|this window has had no such forward)"
+    with pytest.raises(RuntimeError, match=match):
+        y.square().sum().backward()
+    if between:
+        later.square().sum().backward()
+        assert model[1].window.count == 8
+
+
 @pytest.mark.parametrize("policy", ["renorm", "running"])
 def test_graphs_from_before_a_commit_that_were_walked_do_no_harm(policy: str) -> None:
     """Losses that are kept hold the graphs of their windows."""

@@ -172,10 +172,10 @@ def test_an_exported_training_graph_accumulates_in_its_model(policy: str) -> Non
     assert_trains(policy, exported, exported, owner=model)
 
 
-def test_a_saved_training_graph_is_refused_where_it_needs_its_model() -> None:
-    """Under the other policies it runs, and accumulates for nobody; the export has warned of that."""
+@every_policy
+def test_a_saved_training_graph_is_refused_without_its_model(policy: str) -> None:
     with pytest.warns(UserWarning, match="do not save the graph"):
-        program = torch.export.export(make_converted("window"), (draw(3, 0),))
+        program = torch.export.export(make_converted(policy), (draw(3, 0),))
     file = io.BytesIO()
     torch.export.save(program, file)
     del program  # the model goes with it
