@@ -194,13 +194,13 @@ def dispatch_modes() -> list[Any]:
 
 def is_traced() -> bool:
     """Whether torch.jit.trace looks on."""
-    # Public, but without types.
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+    # As torch.jit.is_tracing, which has no types.
+    return torch._C._get_tracing_state() is not None
 
 
 def is_watched() -> bool:
     """Whether a torch-dispatch mode or torch.jit.trace wants to see each operator that runs."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+    return torch._C._len_torch_dispatch_stack() > 0 or is_traced()
 
 
 @contextmanager

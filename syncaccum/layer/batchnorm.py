@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from syncaccum.layer.so_far import normalize_so_far
 from syncaccum.layer.state import TRACED_AS, Accumulating, adopt, has_statistics, name_of, tracks
 from syncaccum.moments import Moments
 from syncaccum.ranks.groups import Group
-from syncaccum.torch_private import is_traced
 from syncaccum.window.commit import commit_layers
 
 
@@ -241,8 +240,9 @@ def _check_input(layer: SyncAccumBatchNorm, input: Tensor) -> None:
     layer._check_input_dim(input)
     if not input.is_floating_point():
         raise ValueError(f"expected a floating-point input, got {input.dtype}, in {layer}")
-    # To torch.jit.trace shapes are tensors, and a comparison is a warning.
-    if not is_traced() and input.shape[1] != layer.num_features:
+    # To torch.jit.trace sizes are tensors, and a comparison is a warning.
+    channels: Any = input.shape[1]
+    if not isinstance(channels, Tensor) and channels != layer.num_features:
         raise ValueError(
             f"expected {layer.num_features} channels in dimension 1, got input size {tuple(input.shape)}, in {layer}"
         )
