@@ -22,6 +22,8 @@ from syncaccum.layer.replay import number_forward
 from syncaccum.layer.state import Accumulating, match_width
 from syncaccum.torch_private import (
     add_to_all,
+    buffers_of,
+    given_to_functional_call,
     is_in_vmap,
     is_transformed,
     outside_transforms,
@@ -51,7 +53,9 @@ def accumulate(layer: Accumulating, sums: Tensor) -> None:
     if torch.compiler.is_compiling():
         _open(layer)
         note_export(layer)
-        add_unless_in_backward(state.window, sums, state.key, torch.is_grad_enabled())
+        own = buffers_of(layer)["running_mean"]
+        assert own is not None
+        add_unless_in_backward(state.window, sums, own, state.key, torch.is_grad_enabled())
         return
     if is_transformed():
         refuse_vmap(layer, sums)
@@ -126,12 +130,13 @@ def refuse_vmap(layer: Accumulating, sums: Tensor) -> None:
 
 
 @torch.library.custom_op("syncaccum::add_unless_in_backward", mutates_args={"window"})
-def add_unless_in_backward(window: Tensor, sums: Tensor, key: Tensor, grad: bool) -> None:
+def add_unless_in_backward(window: Tensor, sums: Tensor, running_mean: Tensor, key: Tensor, grad: bool) -> None:
     """Add a compiled forward's sums to the window, but not in a checkpoint's second forward.
 
     A compiled graph fixes all Python at the time of compiling. It calls an operator as it is, which asks each time.
     """
     state: Accumulation = find(key)
+    _refuse_given_statistics(state, running_mean)
     # Policy "window" has its own operators for this; "batch" looks at no running statistics.
     looks = state.normalization in ("renorm", "running")
     if runs_in_backward():
@@ -143,3 +148,19 @@ def add_unless_in_backward(window: Tensor, sums: Tensor, key: Tensor, grad: bool
         state.used_since = number_forward()
     if looks and (saved_tensor_hooks() is not None or not grad):
         leave_record(state, sums, hold=True)
+
+
+def _refuse_given_statistics(state: Accumulation, running_mean: Tensor) -> None:
+    """Raise where a compiled forward has the caller's running statistics, see `given`: its window would get them."""
+    owner = None if state.owner is None else state.owner()
+    now = None if owner is None else buffers_of(owner)["running_mean"]
+    own = [tensor.data_ptr() for tensor in (state.home, now) if tensor is not None]
+    is_given = running_mean.data_ptr() not in own
+    # A compiled model inside a functional_call: the layer has them now.
+    if not is_given and now is not None and now is not state.home:
+        is_given = any(now is tensor for tensor in given_to_functional_call())
+    if is_given:
+        raise RuntimeError(
+            f"torch.func.functional_call gives layer {state.name or 'of its own'} other running statistics in compiled "
+            "code: give it the parameters alone, or call it uncompiled"
+        )

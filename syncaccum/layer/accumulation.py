@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from syncaccum.layer.keys import make_key
 from syncaccum.layer.ledger import Ledger
@@ -59,6 +60,8 @@ class Accumulation:
     said: set[str] = field(default_factory=set)
     """Warnings that were given. The layers of one conversion share it: one of them speaks for all."""
 
+    owner: weakref.ref[nn.Module] | None = None
+    """The layer; None in a copy."""
     key: Tensor = field(init=False)
     """Finds this from compiled code."""
     records: Records = field(init=False)
@@ -71,10 +74,10 @@ class Accumulation:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has a key of its own, and no graphs.
-        return {name: value for name, value in vars(self).items() if name not in ("key", "records")}
+        return {name: value for name, value in vars(self).items() if name not in ("key", "owner", "records")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update(state, owner=None)
         self._begin_alone()
 
     def _begin_alone(self) -> None:

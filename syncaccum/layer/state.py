@@ -5,6 +5,7 @@ All of it is in one private attribute, and its functions are no methods. So a su
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, cast
 
 import torch
@@ -72,6 +73,7 @@ def adopt(
         momentum=layer.momentum,
         always_counts=layer.momentum == 0,
         home=buffers_of(layer)["running_mean"],
+        owner=weakref.ref(layer),
         name=name,
         said=set() if said is None else said,
     )

@@ -544,6 +544,28 @@ def test_functional_call_with_other_buffers_normalises_with_these() -> None:
         torch.testing.assert_close(functional_call(model, given, (x,)), expected)
 
 
+@every_policy
+@pytest.mark.parametrize("compiled", ["function", "function of a copy", "model"])
+def test_other_buffers_are_refused_in_compiled_code(policy: str, compiled: str) -> None:
+    torch._dynamo.reset()
+    model: Any = make_converted(policy)
+    if compiled == "function of a copy":
+        model = copy.deepcopy(model)
+    if compiled == "model":
+        model = torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    def call(buffers: dict[str, Tensor], x: Tensor) -> Any:
+        return functional_call(model, buffers, (x,))
+
+    if compiled != "model":
+        call = torch.compile(call, backend="aot_eager", fullgraph=True)
+    own, x = dict(model.named_buffers()), draw(4, 0)
+    call(own, x)
+    with pytest.raises(RuntimeError, match="layer bn1 other running statistics in compiled code"):
+        call({name: buffer.clone() for name, buffer in own.items()}, x)
+    assert commit(model).values == {"bn1": 36, "bn2": 36}
+
+
 def test_other_buffers_are_refused_where_micro_batches_run_together() -> None:
     model = make_converted("renorm")
     given = {name: buffer.clone() for name, buffer in model.named_buffers()}
