@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.ao.quantization import fuse_modules, fuse_modules_qat, get_default_qat_qconfig, prepare_qat
 from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel, update_bn
@@ -445,6 +444,9 @@ def test_fuse_of_fx_leaves_converted_layers_and_takes_in_reverted_ones(policy: s
 @QUANTIZED
 @every_policy
 def test_fuse_modules_refuses_until_reverted(policy: str) -> None:
+    # Here, and not above: it may leave torch for a package of its own, as it warns.
+    from torch.ao.quantization import fuse_modules
+
     model, plain = train_both(policy)
     pairs = [["conv1", "bn1"], ["conv2", "bn2"]]
     with pytest.raises(AssertionError, match=r"did not find fuser method for.*SyncAccumBatchNorm2d"):
@@ -457,6 +459,8 @@ def test_fuse_modules_refuses_until_reverted(policy: str) -> None:
 @QUANTIZED
 @every_policy
 def test_prepare_qat_trains_a_reverted_model(policy: str) -> None:
+    from torch.ao.quantization import fuse_modules_qat, get_default_qat_qconfig, prepare_qat
+
     seen = []
     for m in train_both(policy):
         net = revert_sync_accum(m).float().train()
