@@ -10,6 +10,7 @@ layers override (``_apply``, ``_load_from_state_dict``, ``_check_input_dim``), a
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -22,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.parallel import DistributedDataParallel, distributed
+from torch.nn.utils import stateless
 from torch.utils import _python_dispatch as dispatch
 
 # mypy lets others import an imported name only if listed.
@@ -62,6 +64,15 @@ def is_in_vmap(tensor: Tensor) -> bool:
             return True
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return False
+
+
+def given_to_functional_call() -> Iterator[Tensor]:
+    """The parameters and buffers that the calls of ``torch.func.functional_call`` around this code were given."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is stateless._functional_call.__code__:
+            yield from frame.f_locals["parameters_and_buffers"].values()
 
 
 def outside_transforms() -> AbstractContextManager[Any]:
@@ -203,9 +214,15 @@ def without_dispatch_modes() -> AbstractContextManager[Any]:
     return dispatch._disable_current_modes() if dispatch_modes() else nullcontext()
 
 
+def is_traced() -> bool:
+    """Whether torch.jit.trace looks on."""
+    # As torch.jit.is_tracing, which has no types.
+    return torch._C._get_tracing_state() is not None
+
+
 def is_watched() -> bool:
     """Whether a torch-dispatch mode or torch.jit.trace wants to see each operator that runs."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+    return torch._C._len_torch_dispatch_stack() > 0 or is_traced()
 
 
 @contextmanager

@@ -10,14 +10,25 @@ from torch import Tensor
 
 from syncaccum.layer.accumulation import Accumulation
 from syncaccum.layer.following import bring_home
-from syncaccum.layer.notices import FORGOTTEN_AFTER, warn_of_forgotten_commits
+from syncaccum.layer.keys import find
+from syncaccum.layer.notices import (
+    FORGOTTEN_AFTER,
+    leave_record,
+    note_export,
+    refuse_other_statistics,
+    warn_of_forgotten_commits,
+)
+from syncaccum.layer.replay import number_forward
 from syncaccum.layer.state import Accumulating, match_width
 from syncaccum.torch_private import (
     add_to_all,
+    buffers_of,
+    given_to_functional_call,
     is_in_vmap,
     is_transformed,
     outside_transforms,
     runs_in_backward,
+    saved_tensor_hooks,
     take_out_of_transforms,
 )
 
@@ -39,16 +50,21 @@ def accumulate(layer: Accumulating, sums: Tensor) -> None:
         RuntimeError: under ``torch.vmap``, which has a micro-batch of its own for each example.
     """
     state = layer._accumulation
-    _open(layer)
     if torch.compiler.is_compiling():
-        add_unless_in_backward(state.window, sums)
+        _open(layer)
+        note_export(layer)
+        own = buffers_of(layer)["running_mean"]
+        assert own is not None
+        add_unless_in_backward(state.window, sums, own, state.key, torch.is_grad_enabled())
         return
+    if is_transformed():
+        refuse_vmap(layer, sums)
+    _open(layer)
     # A checkpoint's second forward: its data was counted in the first.
     if runs_in_backward():
         return
     match_width(layer)
     if is_transformed():
-        _refuse_vmap(layer, sums)
         with outside_transforms():
             _add(state, take_out_of_transforms(sums))
     elif getattr(layer, "_is_replica", False):
@@ -106,7 +122,8 @@ def bring_window_home(state: Accumulation, device: torch.device) -> None:
             state.ledger.follow(lambda books: bring_home(books, device))
 
 
-def _refuse_vmap(layer: Accumulating, sums: Tensor) -> None:
+def refuse_vmap(layer: Accumulating, sums: Tensor) -> None:
+    """Raise where sums are those of many examples that look like one."""
     if is_in_vmap(sums):
         raise RuntimeError(
             f"a training forward under torch.vmap would be a micro-batch for each example: call {layer} on the whole "
@@ -115,10 +132,37 @@ def _refuse_vmap(layer: Accumulating, sums: Tensor) -> None:
 
 
 @torch.library.custom_op("syncaccum::add_unless_in_backward", mutates_args={"window"})
-def add_unless_in_backward(window: Tensor, sums: Tensor) -> None:
+def add_unless_in_backward(window: Tensor, sums: Tensor, running_mean: Tensor, key: Tensor, grad: bool) -> None:
     """Add a compiled forward's sums to the window, but not in a checkpoint's second forward.
 
     A compiled graph fixes all Python at the time of compiling. It calls an operator as it is, which asks each time.
     """
-    if not runs_in_backward():
-        window.add_(sums)
+    state: Accumulation = find(key)
+    _refuse_given_statistics(state, running_mean)
+    # Policy "window" has its own operators for this; "batch" looks at no running statistics.
+    looks = state.normalization in ("renorm", "running")
+    if runs_in_backward():
+        if looks:
+            refuse_other_statistics(state, state.name or "in compiled code", sums)
+        return
+    window.add_(sums)
+    if state.used_since is None:
+        state.used_since = number_forward()
+    if looks and (saved_tensor_hooks() is not None or not grad):
+        leave_record(state, sums, hold=True)
+
+
+def _refuse_given_statistics(state: Accumulation, running_mean: Tensor) -> None:
+    """Raise where a compiled forward has the caller's running statistics, see `given`: its window would get them."""
+    owner = None if state.owner is None else state.owner()
+    now = None if owner is None else buffers_of(owner)["running_mean"]
+    own = [tensor.data_ptr() for tensor in (state.home, now) if tensor is not None]
+    is_given = running_mean.data_ptr() not in own
+    # A compiled model inside a functional_call: the layer has them now.
+    if not is_given and now is not None and now is not state.home:
+        is_given = any(now is tensor for tensor in given_to_functional_call())
+    if is_given:
+        raise RuntimeError(
+            f"torch.func.functional_call gives layer {state.name or 'of its own'} other running statistics in compiled "
+            "code: give it the parameters alone, or call it uncompiled"
+        )

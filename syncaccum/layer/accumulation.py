@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from syncaccum.layer.keys import make_key
 from syncaccum.layer.ledger import Ledger
+from syncaccum.layer.replay import Records
 from syncaccum.layer.settings import check_settings
 from syncaccum.ranks.groups import GroupHandle
 
@@ -35,8 +39,10 @@ class Accumulation:
     """Whether any forward counted since the last commit."""
     is_committed: bool = False
     """Whether there was a commit since the statistics were reset. One without any values is enough."""
-    has_normalised: bool = False
-    """Whether any training forward used the running statistics as they are now: see `note_forward`."""
+    used_since: int | None = None
+    """The number of the first training forward that used the running statistics as they are now; None before it."""
+    home: Tensor | None = None
+    """The layer's own running mean, as last seen: see `given`."""
     ran_untracked: bool = False
     """Whether a training forward since then had track_running_stats off. A checkpoint's second one must not count."""
     micro_batches: int = 0
@@ -54,9 +60,28 @@ class Accumulation:
     said: set[str] = field(default_factory=set)
     """Warnings that were given. The layers of one conversion share it: one of them speaks for all."""
 
+    owner: weakref.ref[nn.Module] | None = None
+    """The layer; None in a copy."""
+    key: Tensor = field(init=False)
+    """Finds this from compiled code."""
+    records: Records = field(init=False)
+    """What statistics forwards used that a checkpoint may run again: see `notices`."""
+
     def __post_init__(self) -> None:
         check_settings(self.normalization, self.r_max, self.d_max, self.prior_count)
         self.match_ledger()
+        self._begin_alone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has a key of its own, and no graphs.
+        return {name: value for name, value in vars(self).items() if name not in ("key", "owner", "records")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, owner=None)
+        self._begin_alone()
+
+    def _begin_alone(self) -> None:
+        self.key, self.records = make_key(self), Records(spans_windows=True)
 
     def match_ledger(self) -> None:
         """Have a ledger of the window's width under policy "window", and none under others."""
@@ -78,4 +103,4 @@ class Accumulation:
         if self.ledger is not None:
             self.ledger.forget()
         self.is_committed = is_committed
-        self.has_normalised = False
+        self.used_since = None

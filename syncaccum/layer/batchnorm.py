@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 
 from syncaccum.layer import surroundings
 from syncaccum.layer.accumulate import accumulate, is_counted
+from syncaccum.layer.given import fold_in, has_given_statistics, refuse_given_statistics
 from syncaccum.layer.notices import note_forward, note_uncounted_forward
 from syncaccum.layer.passes import normalize
 from syncaccum.layer.policies import choose_policy
+from syncaccum.layer.repeat import watch_repeats
 from syncaccum.layer.settings import DEFAULT_POLICY, Setting, check_momentum
 from syncaccum.layer.so_far import normalize_so_far
-from syncaccum.layer.state import TRACED_AS, Accumulating, adopt, has_statistics, tracks
+from syncaccum.layer.state import TRACED_AS, Accumulating, adopt, has_statistics, name_of, tracks
 from syncaccum.moments import Moments
 from syncaccum.ranks.groups import Group
 from syncaccum.window.commit import commit_layers
@@ -41,9 +45,10 @@ class SyncAccumBatchNorm(Accumulating):
     Args:
         num_features: C, the size of dimension 1 of the input.
         eps, momentum, affine, track_running_stats: as in :class:`torch.nn.BatchNorm2d`; momentum in [0, 1].
-        process_group: the ranks that make up the global batch: a ProcessGroup; an mpi4py communicator, whose
-            reductions are in host memory, and which nobody else should use at the same time (``comm.Dup()``); or
-            None for the default group if one is initialised at commit time, else this process alone.
+        process_group: the ranks that make up the global batch: a ProcessGroup; a DeviceMesh of one dimension, as
+            ``mesh["dp"]``; an mpi4py communicator, whose reductions are in host memory, and which nobody else should
+            use at the same time (``comm.Dup()``); or None for the default group if one is initialised at commit time,
+            else this process alone.
         normalization: what a training forward normalises with.
 
             - ``"window"`` (default): this window's micro-batches so far, with the windows before counted as 1 to 16
@@ -159,6 +164,13 @@ class SyncAccumBatchNorm(Accumulating):
         # All that is left is what nn.BatchNorm does.
         return super().forward(input)
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks of a layer before it compiles its forward."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile layer {name_of(self)}, which accumulates in Python: give it a copy "
+            "without, revert_sync_accum(copy.deepcopy(model)), or use torch.jit.trace in eval mode"
+        )
+
     def extra_repr(self) -> str:
         inherited: str = super().extra_repr()  # type: ignore[no-untyped-call]
         return f"{inherited}, normalization={self._accumulation.normalization!r}"
@@ -186,30 +198,52 @@ def normalize_and_accumulate(
             that do not count, see `is_counted`.
     """
     counts = counts and is_counted(layer)
+    is_given = False
     if not torch.compiler.is_compiling():
         # Not to be traced: these ask the process and the thread.
         surroundings.refuse_ddps_own_join()
+        is_given = has_given_statistics(layer)
         if (participant := surroundings.participant_for(layer)) is not None:
+            if is_given:
+                refuse_given_statistics(layer)
             return participant.normalize(layer, input, weight, bias, eps, counts=counts)
-        note_forward(layer)
+        if not is_given:
+            note_forward(layer)
+    output, sums = _normalize(layer, input, weight, bias, eps, counts=counts, is_given=is_given)
+    # Last: a forward that raises leaves the window as it was.
+    if counts:
+        (fold_in if is_given else accumulate)(layer, sums)
+    return output
+
+
+def _normalize(
+    layer: Accumulating,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    counts: bool,
+    is_given: bool,
+) -> tuple[Tensor, Tensor]:
+    """Normalise under the layer's policy; also the micro-batch's packed moments."""
     # numel / C: how many values each channel has.
     n = input.numel() // layer.num_features
-    output: Tensor
     if n > 0 and layer._accumulation.normalization == "window":
-        output, sums = normalize_so_far(layer, input, weight, bias, eps, counts=counts)
-    else:
-        output, sums = normalize(input, weight, bias, choose_policy(layer, n, eps))
-    if counts:
-        # Last: a forward that raises leaves the window as it was.
-        accumulate(layer, sums)
-    return output
+        return normalize_so_far(layer, input, weight, bias, eps, counts=counts, is_given=is_given)
+    policy = choose_policy(layer, n, eps)
+    if n > 0 and not (is_given or torch.compiler.is_compiling()):
+        policy = watch_repeats(layer, policy, input, weight, bias)
+    return normalize(input, weight, bias, policy)
 
 
 def _check_input(layer: SyncAccumBatchNorm, input: Tensor) -> None:
     layer._check_input_dim(input)
     if not input.is_floating_point():
         raise ValueError(f"expected a floating-point input, got {input.dtype}, in {layer}")
-    if input.shape[1] != layer.num_features:
+    # To torch.jit.trace sizes are tensors, and a comparison is a warning.
+    channels: Any = input.shape[1]
+    if not isinstance(channels, Tensor) and channels != layer.num_features:
         raise ValueError(
             f"expected {layer.num_features} channels in dimension 1, got input size {tuple(input.shape)}, in {layer}"
         )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from syncaccum.layer.balance import Due, count_payers
 from syncaccum.layer.following import follow
+from syncaccum.layer.keys import make_key
 from syncaccum.layer.replay import Record, Records
 from syncaccum.moments import drop_if_nonfinite
 
@@ -25,16 +24,9 @@ PACKED = ("last", "owed", "squares", "counts")
 _LEAST = 4
 """The values that pay are taken for no fewer than those of so many samples."""
 
-_ledgers: weakref.WeakValueDictionary[int, Ledger] = weakref.WeakValueDictionary()
-_keys = itertools.count()
 
 _books = threading.Lock()
 """Backward walks may run in several threads: those of several devices, or of DataParallel's replicas."""
-
-
-def ledger_of(key: Tensor) -> Ledger:
-    """The ledger with this key: operators of compiled code take tensors alone."""
-    return _ledgers[int(key)]
 
 
 @dataclass(eq=False)
@@ -73,10 +65,7 @@ class Ledger:
 
     def __post_init__(self) -> None:
         self.records, self.paid_at = Records(), {}
-        number = next(_keys)
-        # A default device may be another one.
-        self.key = torch.tensor(number, device="cpu")
-        _ledgers[number] = self
+        self.key = make_key(self)
 
     @classmethod
     def like(cls, window: Tensor) -> Ledger:

@@ -1,4 +1,4 @@
-"""A checkpoint's second forward under policy "window" uses what the first one used, although the window has gone on.
+"""A checkpoint's second forward is known again, so that it uses what the first one used, or says that it cannot.
 
 Both see the same data. So the first forward leaves a record with a few of its sums, and the second finds it by them.
 """
@@ -26,6 +26,8 @@ _TOLERANCE = 3e-4
 # records, too.
 _MOST = 1000
 
+# Of those that outlive their window, so many wait for a backward.
+_MOST_LASTING = 64
 
 _forwards = itertools.count()
 
@@ -40,9 +42,9 @@ class Record:
     """What a forward used."""
 
     others: Tensor
-    """Packed moments of what it was counted together with."""
+    """Packed moments of what it was counted together with; empty under policies that do not ask."""
     number: int
-    """Of its window."""
+    """Of its window, or of the running statistics that it used."""
     forward: int
     """Its own number, see `number_forward`."""
     counts: bool
@@ -54,26 +56,37 @@ class Record:
 
 
 class Records:
-    """Of the forwards in the open window and of those whose graph lives, oldest first."""
+    """Of forwards, oldest first: those whose graph lives, and others for as long as they are held.
 
-    def __init__(self) -> None:
+    Args:
+        spans_windows: whether those of a window are held after its end.
+    """
+
+    def __init__(self, *, spans_windows: bool = False) -> None:
+        self._spans_windows = spans_windows
         self._held: list[Record] = []
         self._live: list[weakref.ref[Record]] = []
 
     def add(self, record: Record, own: Tensor, *, hold: bool) -> None:
         """Keep the record of a forward with these packed moments: while others hold it, or until the next window."""
         record.sample = _sample(own)
-        if self._held and self._held[0].number != record.number:
+        # Those of a window that is over, or that ran again, are of no use.
+        if self._spans_windows:
+            self._held = [held for held in self._held if not held.uses][-_MOST_LASTING:]
+        elif self._held and self._held[0].number != record.number:
             self._held.clear()
         if hold:
             self._held = [*self._held, record][-_MOST:]
-        self._live = [ref for ref in self._live if ref() is not None]
-        self._live.append(weakref.ref(record))
+        self._live = [weakref.ref(other) for other in (*self._alive(), record)]
+
+    def has_others(self, number: int) -> bool:
+        """Whether any forward that may run again had another number."""
+        return any(record.number != number for record in self._alive())
 
     def find(self, own: Tensor) -> Record | None:
         """The record of the forward that had these packed moments, or almost these; None if none had."""
         sample = _sample(own)
-        live = [record for ref in reversed(self._live) if (record := ref()) is not None]
+        live = list(reversed(self._alive()))
         distances = [_distance(record.sample, sample) for record in live]
         if not distances or min(distances) > _TOLERANCE:
             return None
@@ -82,6 +95,9 @@ class Records:
         found = min(nearest, key=lambda record: record.uses)
         found.uses += 1
         return found
+
+    def _alive(self) -> list[Record]:
+        return [record for ref in self._live if (record := ref()) is not None]
 
 
 def _sample(own: Tensor) -> Moments:

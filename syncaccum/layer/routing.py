@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from syncaccum.errors import LockstepError
 from syncaccum.layer import surroundings
 from syncaccum.layer.batchnorm import is_together, normalize_and_accumulate
+from syncaccum.layer.given import has_given_statistics
 from syncaccum.layer.notices import note_uncounted_forward
 from syncaccum.layer.state import Accumulating, tracks
 from syncaccum.torch_private import BatchNormBase, buffers_of
@@ -110,7 +111,11 @@ class _Route(TorchFunctionMode):
         self._taken = True
         # Momentum 0 is how a forward says: do not average this.
         counts = call.running_mean is not None and call.momentum != 0
-        return normalize_and_accumulate(self._layer, call.input, call.weight, call.bias, call.eps, counts=counts)
+        output = normalize_and_accumulate(self._layer, call.input, call.weight, call.bias, call.eps, counts=counts)
+        # That was no window's: it counted at once.
+        if not torch.compiler.is_compiling() and has_given_statistics(self._layer):
+            self._batches = _Counter(self._layer)
+        return output
 
     def _is_own(self, call: _Call) -> bool:
         buffers = buffers_of(self._layer)

@@ -10,9 +10,10 @@ from syncaccum.layer.balance import Due
 from syncaccum.layer.ledger import Ledger
 from syncaccum.layer.passes import normalize
 from syncaccum.layer.policies import Normalizer, Window, copy_committed
+from syncaccum.layer.repeat import has_node
 from syncaccum.layer.replay import Record, number_forward
 from syncaccum.layer.so_far_compiled import normalize_compiled
-from syncaccum.layer.state import Accumulating, match_width
+from syncaccum.layer.state import Accumulating, match_width, name_of
 from syncaccum.moments import drop_if_nonfinite, pack_statistics
 from syncaccum.torch_private import buffers_of, has_no_values, is_transformed, runs_in_backward, saved_tensor_hooks
 
@@ -25,23 +26,35 @@ hundreds, and these would drown its own."""
 
 
 def normalize_so_far(
-    layer: Accumulating, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, counts: bool
+    layer: Accumulating,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    counts: bool,
+    is_given: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Normalise a micro-batch with values under policy "window"; also its packed moments."""
+    """Normalise a micro-batch with values under policy "window"; also its packed moments.
+
+    Args:
+        counts: whether the micro-batch goes into the window.
+        is_given: whether the layer's statistics are the caller's, see `given`: they have no window.
+    """
     if torch.compiler.is_compiling():
         state = layer._accumulation
         assert state.ledger is not None
         # Whether a window before is known can change: the operator asks.
         committed = _count_committed(layer, x)
         return normalize_compiled(x, weight, bias, eps, state.window, committed, state.ledger.key, counts)
-    visit = _Visit(layer, x, eps, counts)
+    visit = _Visit(layer, x, eps, counts, is_given, has_node(x, weight, bias))
     return normalize(x, weight, bias, visit, visit)
 
 
 class _Visit:
     """One forward: as a policy it says what to normalise with, and as a `Balance` what its backward takes back."""
 
-    def __init__(self, layer: Accumulating, x: Tensor, eps: float, counts: bool) -> None:
+    def __init__(self, layer: Accumulating, x: Tensor, eps: float, counts: bool, is_given: bool, is_held: bool) -> None:
         match_width(layer)
         ledger = layer._accumulation.ledger
         assert ledger is not None
@@ -49,21 +62,21 @@ class _Visit:
         self._samples, self._of_sample = x.shape[0], _values_of_sample(x)
         has_values = not has_no_values(x)
         # Transforms of torch.func, and shapes alone, have no books.
-        is_plain = has_values and not is_transformed()
+        is_plain = has_values and not (is_given or is_transformed())
         self._layer = layer if is_plain and runs_in_backward() else None
         # Where a checkpoint may run this again. If it is the reentrant one,
-        # no graph of ours keeps the record.
-        self._holds = is_plain and not torch.is_grad_enabled()
-        self._keeps = self._holds or (is_plain and saved_tensor_hooks() is not None)
-        if has_values and not getattr(layer, "_is_replica", False):
+        # or all is frozen, no graph of ours keeps the record.
+        self._holds = is_plain and not is_held
+        self._keeps = is_plain and (not torch.is_grad_enabled() or saved_tensor_hooks() is not None)
+        if has_values and not (is_given or getattr(layer, "_is_replica", False)):
             bring_window_home(layer._accumulation, x.device)
-        others = _count_others(layer, ledger, x)
+        others = _count_committed(layer, x) if is_given else _count_others(layer, ledger, x)
         self._record = Record(others, ledger.number, number_forward(), counts and is_plain)
 
     def normalizer(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
         own = pack_statistics(count, mean, variance)
         if self._layer is not None:
-            self._record = self._ledger.recall(own, self._layer._accumulation.name or type(self._layer).__name__)
+            self._record = self._ledger.recall(own, name_of(self._layer))
         else:
             self.note(own, mean)
         return Window(self._eps, self._record.others).normalizer_of(own)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from syncaccum.layer.compose import measure_composed
-from syncaccum.layer.ledger import ledger_of
+from syncaccum.layer.keys import find
+from syncaccum.layer.ledger import Ledger
 from syncaccum.layer.memory_order import make_dense, per_channel
 from syncaccum.layer.policies import Window
 from syncaccum.layer.replay import Record, number_forward
@@ -59,7 +60,7 @@ def look_at_window(
     own: Tensor, window: Tensor, committed: Tensor, n: int, samples: int, key: Tensor, counts: bool, grad: bool
 ) -> tuple[Tensor, Tensor]:
     """What a micro-batch is counted together with, and the numbers by which its backward finds its place."""
-    ledger = ledger_of(key)
+    ledger: Ledger = find(key)
     if runs_in_backward():
         record = ledger.recall(own, "in compiled code")
     else:
@@ -132,7 +133,8 @@ owe.register_autograd(_backward_of_owe, setup_context=_keep_for_backward)
 def take_back(batch: Tensor, others: Tensor, key: Tensor, ticket: Tensor, samples: int, of_sample: int) -> Tensor:
     """What each value takes back, for a micro-batch's sums. Changes the books, which only this operator looks at."""
     number, forward, counts = ticket.tolist()
-    return ledger_of(key).take_back(batch, samples, of_sample, Record(others, number, forward, bool(counts)))
+    ledger: Ledger = find(key)
+    return ledger.take_back(batch, samples, of_sample, Record(others, number, forward, bool(counts)))
 
 
 @take_back.register_fake

@@ -5,6 +5,7 @@ All of it is in one private attribute, and its functions are no methods. So a su
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, cast
 
 import torch
@@ -36,6 +37,8 @@ class Accumulating(BatchNormBase):
         # A state without running_mean replaces weights only.
         if prefix + "running_mean" in state_dict:
             self._accumulation.replace_statistics(is_committed=True)
+            # With assign=True it is another tensor.
+            self._accumulation.home = buffers_of(self)["running_mean"]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -44,6 +47,7 @@ class Accumulating(BatchNormBase):
             self._accumulation.window = follow(self._accumulation.window, fn)
             if self._accumulation.ledger is not None:
                 self._accumulation.ledger.follow(fn)
+        self._accumulation.home = buffers_of(self)["running_mean"]
         return self
 
 
@@ -68,9 +72,16 @@ def adopt(
         window=_make_window(layer),
         momentum=layer.momentum,
         always_counts=layer.momentum == 0,
+        home=buffers_of(layer)["running_mean"],
+        owner=weakref.ref(layer),
         name=name,
         said=set() if said is None else said,
     )
+
+
+def name_of(layer: Accumulating) -> str:
+    """For messages: what conversion called the layer, else what it is."""
+    return layer._accumulation.name or type(layer).__name__
 
 
 def match_width(layer: Accumulating) -> None:
@@ -85,7 +96,7 @@ def match_width(layer: Accumulating) -> None:
         return
     if not state.window.is_meta and state.window[0] != 0:
         raise CommitError(
-            f"layer {state.name or type(layer).__name__} has {layer.num_features} channels now, and an open window of "
+            f"layer {name_of(layer)} has {layer.num_features} channels now, and an open window of "
             "another width: commit(model) or discard(model) before its channels are pruned or added"
         )
     state.window = Moments.zeros_packed(layer.num_features, state.window.device)

@@ -1,7 +1,8 @@
 """Who takes part in a commit.
 
 The group rule: a layer's ``process_group`` is a torch ProcessGroup, an mpi4py communicator, or None. None means the
-default process group if one is initialised when a commit runs, else this process alone.
+default process group if one is initialised when a commit runs, else this process alone. A DeviceMesh of one dimension
+stands for its group.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, TypeAlias
 import torch.distributed as dist
 from torch import Tensor
 
-# dist.ProcessGroup, mpi4py.MPI.Intracomm or None.
+# dist.ProcessGroup, DeviceMesh, mpi4py.MPI.Intracomm or None.
 # torch gives a rank that is not in a new group an int.
 Group: TypeAlias = Any
 
@@ -25,6 +26,8 @@ class GroupHandle:
     """
 
     def __init__(self, group: Group) -> None:
+        if isinstance(group, dist.DeviceMesh):
+            group = _find_group(group)
         if group is not None and not isinstance(group, dist.ProcessGroup):
             if not _is_communicator(group):
                 remedy = (
@@ -33,8 +36,8 @@ class GroupHandle:
                     else "pass one of those; an mpi4py communicator needs pip install syncaccum[mpi]"
                 )
                 raise ValueError(
-                    "process_group must be a torch.distributed ProcessGroup, an mpi4py communicator or None, "
-                    f"got {group!r}: {remedy}"
+                    "process_group must be a torch.distributed ProcessGroup or DeviceMesh, an mpi4py communicator or "
+                    f"None, got {group!r}: {remedy}"
                 )
             check_communicator(group)
         self.group = group
@@ -49,6 +52,17 @@ class GroupHandle:
                 "or revert_sync_accum(model) first and convert again after loading"
             )
         return GroupHandle, (None,)
+
+
+def _find_group(mesh: dist.DeviceMesh) -> dist.ProcessGroup:
+    """That of a mesh of one dimension."""
+    if mesh.ndim != 1:
+        names = ", ".join(repr(name) for name in mesh.mesh_dim_names or ())
+        raise ValueError(
+            f"process_group is a DeviceMesh of {mesh.ndim} dimensions: pass the one over which the batch is split, as "
+            f'mesh["dp"]; it has {names or "no names: mesh.get_group(dimension)"}'
+        )
+    return mesh.get_group()
 
 
 def resolve_group(group: Group) -> Group:

@@ -53,7 +53,7 @@ def apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> Non
             partial(copy_all, current, new.stored),
             partial(add_to_all, counters, 1),
             # A checkpoint's second forward would now see other statistics.
-            *steps_of_new_window(states, has_normalised=False, is_committed=True),
+            *steps_of_new_window(states, used_since=None, is_committed=True),
             *closing,
         ]
     )

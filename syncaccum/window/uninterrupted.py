@@ -30,7 +30,7 @@ def steps_of_drop(states: Sequence[Accumulation]) -> list[partial[Any]]:
     return [*steps_of_new_window(states), *map(step_of_discard, ledgers)]
 
 
-def steps_of_new_window(states: Sequence[Accumulation], **changes: bool) -> list[partial[Any]]:
+def steps_of_new_window(states: Sequence[Accumulation], **changes: bool | None) -> list[partial[Any]]:
     """The steps that start a new window in each layer, ledgers aside, and make some more changes to its state."""
     updates = map(dict.update, map(vars, states), itertools.repeat(NEW_WINDOW | changes))
     return [

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from syncaccum import (
     LockstepError,
@@ -236,6 +237,19 @@ def test_compiled_subclasses_count_too() -> None:
         torch.testing.assert_close(compiled(x), Copied(3)(x))
     assert layer.window.count == 2 * 8 * 16
     assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("cls", [Copied, CountsAfterwards])
+def test_statistics_that_functional_call_gives_a_subclass_count_once(cls: type[nn.BatchNorm2d]) -> None:
+    layer, plain = convert_sync_accum(cls(3)), cls(3)
+    ours, theirs = ({name: b.clone() for name, b in plain.named_buffers()} for _ in range(2))
+    with pytest.warns(UserWarning, match="functional_call gave it"):
+        functional_call(layer, ours, (draw(2, 3, 4, 4),))
+    functional_call(plain, theirs, (draw(2, 3, 4, 4),))
+    torch.testing.assert_close(ours, theirs)
+    assert ours["num_batches_tracked"] == 1
+    assert layer.num_batches_tracked == 0
+    assert layer.window.count == 0
 
 
 def test_a_layer_that_normalises_by_itself_is_named_once() -> None:

@@ -513,6 +513,20 @@ def test_a_checkpoint_gives_the_gradient_of_its_first_forward_after_the_windows_
     torch.testing.assert_close(*gradients)
 
 
+def test_a_frozen_layer_under_a_checkpoint_runs_again_as_the_first_time() -> None:
+    """It leaves no node in a graph that could hold what it used."""
+    gradients = []
+    for saves in (True, False):
+        torch.manual_seed(0)
+        net = convert_sync_accum(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).double())
+        net[0].requires_grad_(False)
+        for i in range(3):
+            y = checkpoint(net, draw(i), use_reentrant=False) if saves else net(draw(i))
+            (y * draw(10 + i)).sum().backward()
+        gradients.append([p.grad for p in net[1:].parameters()])
+    torch.testing.assert_close(*gradients)
+
+
 def test_a_reentrant_checkpoint_whose_first_forward_is_not_of_this_window_is_an_error() -> None:
     layer = make_layer()
     y = checkpoint(layer, draw(0).requires_grad_(), use_reentrant=True)

@@ -222,6 +222,75 @@ def test_a_recomputed_forward_has_the_first_ones_statistics_or_says_so(
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("policy", ["renorm", "running", "window"])
+def test_a_recomputed_forward_from_before_a_commit_says_so_after_other_forwards(
+    policy: str, reentrant: bool, frozen: bool
+) -> None:
+    """The layer has normalised with the new statistics since, so they are in use."""
+    model = make_model(normalization=policy)
+    model(draw(8, 3))
+    commit(model)
+    if frozen:  # the first layer leaves no node in a graph, and changes what the last one sees
+        model[:2].requires_grad_(False)
+    x = draw(8, 3, seed=1).requires_grad_(reentrant or not frozen)
+    y = checkpoint(model, x, use_reentrant=reentrant)
+    commit(model)
+    later = checkpoint(model, draw(8, 3, seed=2).requires_grad_(), use_reentrant=reentrant)
+    match = "layer 1 again, but (its running statistics were committed|there was no such forward)"
+    if policy == "window" and not (reentrant or frozen):
+        # Its graph holds what it used: see test_so_far.
+        y.square().sum().backward()
+    else:
+        with pytest.raises(RuntimeError, match=match):
+            y.square().sum().backward()
+    # Those of the open window run again.
+    later.square().sum().backward()
+    assert model[1].window.count == 8
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["nothing between", "a forward between"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("policy", ["renorm", "running", "window"])
+def test_a_compiled_forward_that_runs_again_after_a_commit_says_so(policy: str, reentrant: bool, between: bool) -> None:
+    torch._dynamo.reset()
+    model = make_model(normalization=policy)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(draw(8, 3))
+    commit(model)
+    y = checkpoint(compiled, draw(8, 3, seed=1).requires_grad_(), use_reentrant=reentrant)
+    commit(model)
+    if between:
+        later = checkpoint(compiled, draw(8, 3, seed=2).requires_grad_(), use_reentrant=reentrant)
+    match = "again, but (its running statistics were committed|there was no such forward)"
+    if policy == "window" and not between:
+        # What it used is kept until the next window begins.
+        y.square().sum().backward()
+        return
+    with pytest.raises(RuntimeError, match=match):
+        y.square().sum().backward()
+    if between:
+        later.square().sum().backward()
+        assert model[1].window.count == 8
+
+
+@pytest.mark.parametrize("policy", ["renorm", "running"])
+def test_graphs_from_before_a_commit_that_were_walked_do_no_harm(policy: str) -> None:
+    """Losses that are kept hold the graphs of their windows."""
+    kept, gradients = [], []
+    for checkpointed in (True, False):
+        model = make_model(normalization=policy)
+        for step in range(3):
+            x = draw(8, 3, seed=step).requires_grad_()
+            y = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+            y.square().sum().backward()
+            kept.append(y)
+            gradients.append(x.grad)
+            commit(model)
+    torch.testing.assert_close(gradients[:3], gradients[3:])
+
+
 @pytest.mark.parametrize("policy", ["renorm", "window"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_discard_or_not_counted_does_not_change_what_a_recomputed_forward_uses(reentrant: bool, policy: str) -> None:

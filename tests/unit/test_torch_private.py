@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -278,6 +279,23 @@ def test_tensors_inside_transforms() -> None:
     assert outside.tolist() == [2, 2, 2]
 
 
+def test_tensors_that_are_given_to_functional_call() -> None:
+    seen = []
+
+    class Looks(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(list(torch_private.given_to_functional_call()))
+            return x
+
+    module, x, given = Looks(1, 1), torch.ones(1, 1), torch.zeros(1)
+    functional_call(module, {"bias": given}, (x,))
+    torch.func.grad(lambda bias: functional_call(module, ({"bias": bias}, {"weight": x}), (x,)).sum())(given)
+    module(x)
+    assert [len(tensors) for tensors in seen] == [1, 2, 0]
+    assert seen[0][0] is given
+    assert seen[1][1] is x
+
+
 def test_ddp_sorts_its_buckets_once_after_a_backward(group: None) -> None:
     ddp = DistributedDataParallel(nn.Linear(2, 2))
     ddp(torch.ones(1, 2)).sum().backward()
@@ -291,7 +309,7 @@ def test_modes_and_traces_watch_each_operator() -> None:
     seen = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append(torch_private.is_watched())
+        seen.append((torch_private.is_watched(), torch_private.is_traced()))
         return x
 
     x = torch.ones(1)
@@ -299,5 +317,5 @@ def test_modes_and_traces_watch_each_operator() -> None:
     with TorchDispatchMode():
         look(x)
     torch.jit.trace(look, torch.ones(1), check_trace=False)
-    assert seen == [False, True, True]
+    assert seen == [(False, False), (True, False), (True, True)]
     assert not torch_private.is_watched()
