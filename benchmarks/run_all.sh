@@ -6,3 +6,5 @@ for question in precision memory layer_speed commit_speed commit_scaling lockste
   python -m "benchmarks.$question"
 done
 SYNCACCUM_NATIVE=0 python -m benchmarks.layer_speed
+python -m benchmarks.layer_speed --processor-time
+SYNCACCUM_NATIVE=0 python -m benchmarks.layer_speed --processor-time
