@@ -7,3 +7,5 @@ for question in precision memory checkpoint_memory checkpoint_gradients layer_sp
   python -m "benchmarks.$question"
 done
 SYNCACCUM_NATIVE=0 python -m benchmarks.layer_speed
+python -m benchmarks.layer_speed --processor-time
+SYNCACCUM_NATIVE=0 python -m benchmarks.layer_speed --processor-time
