@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import base64
+import io
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
@@ -10,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from syncaccum.exact.lockstep import lockstep
 from syncaccum.exact.lookahead import lookahead
@@ -17,15 +21,16 @@ from syncaccum.layer.convert import convert_sync_accum
 from syncaccum.layer.settings import DEFAULT_POLICY
 from syncaccum.window.commit import OnNonFinite
 from syncaccum.window.counted import discard
+from syncaccum.window.saved import gather_window_state_dict, load_window_state_dict
 from syncaccum.window.step_hook import CommitHandle, commit_on_step
 
 
-class SyncAccumTrainerCallback(TrainerCallback):
+class SyncAccumTrainerCallback(TrainerCallback, ExportableState):
     """BatchNorm statistics of the global batch, over ``gradient_accumulation_steps`` micro-batches and all ranks.
 
     Converts the model when training begins. Each optimizer step commits its window, also the short one at an epoch's
     end. Training that begins anew, as in the retries of ``auto_find_batch_size``, starts with empty windows. The
-    Trainer writes checkpoints between windows, so they have nothing more to hold.
+    Trainer writes checkpoints between windows. What the next window starts with is in their ``trainer_state.json``.
 
     Args:
         normalization: the policy, see :class:`SyncAccumBatchNorm`.
@@ -49,15 +54,34 @@ class SyncAccumTrainerCallback(TrainerCallback):
         on_nonfinite: OnNonFinite = "raise",
     ) -> None:
         self._normalization = normalization
-        self._settings: dict[str, Any] = {"timeout": timeout, "on_nonfinite": on_nonfinite}
+        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+        self._settings: dict[str, Any] = {"timeout": seconds, "on_nonfinite": on_nonfinite}
         self._handle: CommitHandle | None = None
+        self._windows = ""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of this, see transformers' ``ExportableState``."""
+        arguments = {"normalization": self._normalization, **self._settings}
+        return {"args": arguments, "attributes": {"_windows": self._windows}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Convert, drop what a training that failed has left, and hook the optimizer."""
+        """Convert, drop what a training that failed has left, take up a checkpoint's, and hook the optimizer."""
         model = convert_sync_accum(kwargs["model"], normalization=self._normalization)
         discard(model)
+        # A checkpoint from before this callback has no entry of it.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step > 0 and (windows := saved["attributes"]["_windows"]):
+            load_window_state_dict(model, _decode(windows))
         self._let_go()
         self._handle = commit_on_step(model, kwargs["optimizer"], **self._settings)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep what a checkpoint of this step is to hold. Collective where it is saved: each rank decides alike."""
+        if control.should_save:
+            self._windows = _encode(gather_window_state_dict(kwargs["model"]))
+
+    # Checkpoints of an epoch.
+    on_epoch_end = on_step_end
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Commit no more."""
@@ -67,6 +91,19 @@ class SyncAccumTrainerCallback(TrainerCallback):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+
+
+def _encode(state: Mapping[str, Tensor]) -> str:
+    """Tensors for a JSON file. Most are zeros between two windows, and take no room."""
+    content = io.BytesIO()
+    torch.save({name: value.cpu() for name, value in state.items()}, content)
+    return base64.b64encode(zlib.compress(content.getvalue())).decode()
+
+
+def _decode(text: str) -> dict[str, Tensor]:
+    content = io.BytesIO(zlib.decompress(base64.b64decode(text)))
+    state: dict[str, Tensor] = torch.load(content, map_location="cpu", weights_only=True)
+    return state
 
 
 class SyncAccumTrainer(Trainer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -161,6 +162,26 @@ def test_training_resumes_as_if_it_had_never_stopped(tmp_path: Path) -> None:
     assert trainer.state.global_step == 6
     for name, expected in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], expected), name
+
+
+def test_a_checkpoint_from_before_the_callback_resumes_and_is_saved_again(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(make_model(), tmp_path, **settings).train()
+    trainer = make_trainer(make_model(), tmp_path, callbacks=[SyncAccumTrainerCallback()], **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    written = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    assert written["stateful_callbacks"]["SyncAccumTrainerCallback"]["attributes"]["_windows"]
+
+
+def test_another_training_of_the_same_trainer_starts_without_the_windows_of_the_first(tmp_path: Path) -> None:
+    results = []
+    for trainings in (2, 1):
+        callback = SyncAccumTrainerCallback()
+        for number in range(trainings):
+            model = make_model()
+            make_trainer(model, tmp_path / f"{trainings}{number}", callbacks=[callback], save_strategy="epoch").train()
+        results.append(model.state_dict())
+    assert all(torch.equal(results[0][name], expected) for name, expected in results[1].items())
 
 
 def test_a_model_without_batch_norm_is_refused(tmp_path: Path) -> None:
