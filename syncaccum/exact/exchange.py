@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from syncaccum.errors import CommitError, LockstepError, TooFewValuesError
-from syncaccum.layer.passes import ReduceSums
+from syncaccum.layer.policies import ReduceSums
 from syncaccum.moments import Moments
 from syncaccum.ranks.agreement import HEADER, Agreement, Fingerprint, agreement_of
 from syncaccum.ranks.connect import connect, gather_texts

@@ -12,8 +12,8 @@ from torch import Tensor
 from syncaccum.exact.meeting_point import Arrival, Meeting
 from syncaccum.layer.measure import measure, measured_before
 from syncaccum.layer.memory_order import make_dense
-from syncaccum.layer.passes import ReduceSums, normalize_together
-from syncaccum.layer.policies import Normalizer
+from syncaccum.layer.passes import normalize_together
+from syncaccum.layer.policies import Normalizer, ReduceSums
 from syncaccum.layer.samples import take_sample
 from syncaccum.layer.state import Accumulating
 

@@ -13,8 +13,8 @@ from syncaccum.exact.exchange import Exchange
 from syncaccum.layer.accumulate import accumulate_together
 from syncaccum.layer.measure import Measured, measure, merge
 from syncaccum.layer.memory_order import make_dense, per_channel
-from syncaccum.layer.passes import ReduceSums, normalize_together
-from syncaccum.layer.policies import Normalizer
+from syncaccum.layer.passes import normalize_together
+from syncaccum.layer.policies import Normalizer, ReduceSums
 from syncaccum.layer.state import Accumulating, committed_mean
 from syncaccum.moments import pack_statistics
 from syncaccum.ranks.groups import Group, resolve_group

@@ -157,7 +157,8 @@ class SecondPass:
         if not self._visits:
             return None
         # Not `<= 1`: NaN came of NaN in both passes.
-        far = (torch.stack([drift.cpu() for drift in self._drift]) > 1).tolist()
+        device = self._drift[0].device
+        far = (torch.stack([drift.to(device) for drift in self._drift]) > 1).tolist()
         return self._visits[far.index(True)] if any(far) else None
 
 

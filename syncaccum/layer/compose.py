@@ -52,7 +52,7 @@ def differentiable_gradients(
 ) -> list[Tensor | None]:
     """The gradients of x, weight and bias that are needed, such that they can be differentiated again."""
     y, _ = compose(x, weight, bias, policy)
-    inputs = [tensor for tensor, wanted in zip((x, weight, bias), needed, strict=True) if wanted]
+    inputs = [t for t, wanted in zip((x, weight, bias), needed, strict=True) if wanted and t is not None]
     found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
     return [next(found) if wanted else None for wanted in needed]
 

@@ -6,6 +6,7 @@ population variance into a :class:`Normalizer`. `passes` applies that to the dat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -150,6 +151,10 @@ class Window(NamedTuple):
         # Rounding can leave a constant channel below zero.
         var = torch.addcmul(mean_sq, center, center, value=-1).clamp_min(0)
         return Normalizer(center, torch.rsqrt(var + self.eps), None, None, 1.0)
+
+
+ReduceSums = Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
+"""From a micro-batch's sums of dy and of dy x_hat to those that its gradient takes."""
 
 
 class Policy(Protocol):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from syncaccum.layer.accumulate import bring_window_home
 from syncaccum.layer.ledger import Ledger
+from syncaccum.layer.memory_order import is_on_cpu
 from syncaccum.layer.passes import normalize
 from syncaccum.layer.policies import Normalizer, Window, copy_committed
 from syncaccum.layer.replay import Record, number_forward
@@ -101,7 +102,7 @@ def _ask_if_untrained(layer: Accumulating) -> bool | Tensor:
     # Without a counter nobody can tell: believe the statistics.
     if batches is None:
         return False
-    if batches.is_cpu and not torch.compiler.is_compiling() and not has_no_values(batches):
+    if is_on_cpu(batches) and not torch.compiler.is_compiling() and not has_no_values(batches):
         # On a GPU item() would wait for the device.
         return batches.item() == 0
     return batches == 0

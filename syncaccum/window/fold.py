@@ -129,15 +129,19 @@ def _factors(layers: Sequence[Accumulating], layout: Layout, device: torch.devic
     # One number for all needs no tensor on the device.
     if None not in momenta and len(set(momenta)) == 1:
         return cast(float, momenta[0])
-    factors = [_count_in(layer) if m is None else m for layer, m in zip(layers, momenta, strict=True)]
+    shares = iter(_count_in([layer for layer, m in zip(layers, momenta, strict=True) if m is None], device))
+    factors = [next(shares) if m is None else m for m in momenta]
     widths = torch.tensor(layout.widths, device=device)
     return torch.tensor(factors, dtype=torch.float64, device=device).repeat_interleave(widths)
 
 
-def _count_in(layer: Accumulating) -> float:
-    """The share of the next batch in a cumulative average. Without a counter it is 0, as in nn.BatchNorm."""
-    batches = buffers_of(layer)["num_batches_tracked"]
-    return 0.0 if batches is None else 1.0 / (int(batches) + 1)
+def _count_in(layers: Sequence[Accumulating], device: torch.device) -> list[float]:
+    """The share of the next batch in each cumulative average. Without a counter it is 0, as in nn.BatchNorm."""
+    counters = [buffers_of(layer)["num_batches_tracked"] for layer in layers]
+    given = [counter.reshape(1) for counter in counters if counter is not None]
+    # One tolist() for all: each waits for a GPU.
+    counts = iter(concatenate(given, device).tolist() if given else ())
+    return [0.0 if counter is None else 1.0 / (next(counts) + 1) for counter in counters]
 
 
 def concatenate(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
