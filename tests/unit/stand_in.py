@@ -219,13 +219,13 @@ WAITS = {
     Tensor.new_tensor,
 }
 
-_ALLOCATES = ("aten::empty", "aten::new_empty", "aten::resize_")
+_STARTS_NONE = ("aten::empty", "aten::new_empty", "aten::resize_", "aten::promote_types")
 
 
 def launches(func: Any) -> bool:
     """Whether an operator starts a kernel: views and allocations do not."""
     is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-    return not is_view and not func.name().startswith(_ALLOCATES)
+    return not is_view and not func.name().startswith(_STARTS_NONE)
 
 
 class StandIn(TorchDispatchMode):
