@@ -28,7 +28,7 @@ class KnownVisit:
     """From the moments of all ranks' micro-batches. ``feedback`` is 1: books say what each value pays."""
     is_far: bool
     """Whether the mean is so large that values are taken less it."""
-    total: Tensor
+    total: Tensor | int
     """Values per channel in all of them, on all ranks; a scalar."""
     counts: Sequence[int]
     """Values per channel in each of this rank's."""

@@ -15,7 +15,7 @@ from syncaccum.layer.measure import Measured, measure, merge
 from syncaccum.layer.memory_order import make_dense, per_channel
 from syncaccum.layer.passes import normalize_together
 from syncaccum.layer.policies import Normalizer, ReduceSums
-from syncaccum.layer.state import Accumulating, committed_mean
+from syncaccum.layer.state import Accumulating
 from syncaccum.moments import pack_statistics
 from syncaccum.ranks.groups import Group, resolve_group
 from syncaccum.window.layers import named_layers
@@ -43,7 +43,7 @@ class Meeting:
     name: str
     arrivals: Sequence[Arrival]
     measured: Sequence[Measured]
-    count: Tensor
+    count: Tensor | int
     """Values per channel of all ranks; a scalar."""
     norm: Normalizer
     """From the moments of all ranks' micro-batches."""
@@ -152,19 +152,13 @@ class MeetingPoint:
         with torch.no_grad():
             measured = [a.measured or measure(a.x) for a in arrivals]
             count, mean, variance = merge(measured)
-            # With a large mean, sums of squares lose the variance.
-            # So all subtract what all ranks have: the running mean.
-            committed = committed_mean(first.layer)
-            origin = mean if exchange.is_alone else torch.zeros_like(mean) if committed is None else committed
-            visit = exchange.open_visit(name, origin)
-            everyones = exchange.moments(visit, pack_statistics(count, mean - origin, variance), count)
+            visit, total, center, spread = exchange.statistics(first.layer, name, count, mean, variance)
             if first.counts:
-                mine = torch.stack([m.sums() for m in measured]).sum(0)
-                self.statistics[first.layer] = mine + self.statistics.get(first.layer, 0)
-            scale = torch.rsqrt(everyones.variance + first.eps)
+                mine, before = pack_statistics(count, mean, variance), self.statistics.get(first.layer)
+                self.statistics[first.layer] = mine if before is None else before + mine
             # 1/n of all values: the feedback of the global batch.
-            norm = Normalizer(everyones.mean + origin, scale, None, None, 1 / everyones.count)
-        return self._mode.normalize(Meeting(name, arrivals, measured, everyones.count, norm, exchange.sums_of(visit)))
+            norm = Normalizer(center, torch.rsqrt(spread + first.eps), None, None, 1 / total)
+        return self._mode.normalize(Meeting(name, arrivals, measured, total, norm, exchange.sums_of(visit)))
 
     def exchange_of(self, layer: Accumulating) -> Exchange:
         """The collectives of this call over a layer's group."""

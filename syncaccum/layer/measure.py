@@ -47,7 +47,8 @@ class Measured(NamedTuple):
 
     ``values`` has the shape of the input: its values, less a constant per channel where there is an ``origin``. It is
     float32 or wider, or the input itself, where the values need no origin. ``mean`` and ``variance`` (population)
-    are the input's; they and ``origin`` are float64, ``(C,)``. Compiled passes also fill ``packed``, the moments.
+    are the input's; they and ``origin`` are float64, ``(C,)``. On a GPU they are as the kernel gave them, see `widen`.
+    Compiled passes also fill ``packed``, the moments.
     """
 
     values: Tensor
@@ -57,19 +58,25 @@ class Measured(NamedTuple):
     variance: Tensor
     packed: Tensor | None = None
 
+    def widen(self) -> Measured:
+        """The same with mean and variance in float64."""
+        return self._replace(mean=self.mean.to(torch.float64), variance=self.variance.to(torch.float64))
+
     def sums(self) -> Tensor:
-        """What to add to a window: packed moments."""
+        """What to add to a window: packed moments, of float64 statistics."""
         return pack_statistics(self.n, self.mean, self.variance) if self.packed is None else self.packed
 
 
 def merge(parts: Sequence[Measured]) -> tuple[int, Tensor, Tensor]:
     """Count, mean and variance of several micro-batches together, as accurate as theirs (Chan et al., 1979)."""
     n = sum(part.n for part in parts)
-    means, variances = (torch.stack(vectors) for vectors in zip(*((p.mean, p.variance) for p in parts), strict=True))
+    # In one: each conversion is a launch on a GPU.
+    vectors = torch.stack([part.mean for part in parts] + [part.variance for part in parts]).to(torch.float64)
+    means, variances = vectors.chunk(2)
     # max: all of them may be empty.
     shares = [part.n / max(n, 1) for part in parts]
     # Means less one of them: small numbers, also where means are large.
-    start = max(parts, key=lambda part: part.n).mean
+    start = means[max(range(len(parts)), key=lambda k: parts[k].n)]
     delta = means - start
     step = _weigh(delta, shares)
     return n, start + step, _weigh(variances + (delta - step).square(), shares)
@@ -120,8 +127,7 @@ def measure(x: Tensor) -> Measured:
         zeros = torch.zeros(channels, dtype=torch.float64, device=x.device)
         return Measured(x, None, 0, zeros, zeros)
     if is_on_cuda(x):
-        mean, variance = torch.batch_norm_update_stats(as_passes(x), None, None, 0.0)
-        return Measured(x, None, count, mean.to(torch.float64), variance.to(torch.float64))
+        return Measured(x, None, count, *torch.batch_norm_update_stats(as_passes(x), None, None, 0.0))
     values = _widen(x)
     if not is_on_cpu(x):
         origin = channel_origin(values)

@@ -156,7 +156,7 @@ def normalize(
     if balance is None and native.takes(x, weight, bias) and (recipe := find_recipe(policy, x)) is not None:
         return normalize_compiled(x, weight, bias, policy, recipe)
     with torch.no_grad():
-        measured = measure(x)
+        measured = measure(x).widen()
         norm = policy.normalizer(measured.n, measured.mean, measured.variance)
         sums = measured.sums()
     (y,) = _apply_normalize(norm, [measured], weight, bias, balance, policy, x)

@@ -198,7 +198,7 @@ def test_a_large_mean(cuda: StandIn, ratio: float, order: Callable[[Tensor], Ten
     """The kernel's running means are float32, as nn.BatchNorm's there."""
     x = torch.randn(8, C, 21, 20) + ratio
     with cuda.on_device():
-        measured = measure(order(x))
+        measured = measure(order(x)).widen()
     expected = x.double().var((0, 2, 3), correction=0)
     # A rounding of the mean is 6e-8 of it, and a few add up.
     torch.testing.assert_close(measured.variance, expected, rtol=1e-6 + 1e-7 * ratio, atol=0)

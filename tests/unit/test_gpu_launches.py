@@ -17,7 +17,7 @@ PARTS = 4
 """Micro-batches of a lockstep."""
 
 # Launches of a forward and of a backward, in torch's operators alone.
-LIMITS = {"batch": (14, 3), "running": (16, 2), "renorm": (34, 5), "window": (24, 11), "lockstep": (69, 13)}
+LIMITS = {"batch": (14, 3), "running": (16, 2), "renorm": (34, 5), "window": (24, 11), "lockstep": (29, 11)}
 
 
 def count_launches(mode: str) -> tuple[list[str], list[str]]:
