@@ -7,7 +7,7 @@ float64 for float64 data. The results are as accurate as nn.BatchNorm's on a GPU
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 from syncaccum.layer.compose import composed_gradients
 from syncaccum.layer.memory_order import as_passes, match_order, per_channel
 from syncaccum.layer.policies import Normalizer, ReduceSums
+
+Pay = Callable[[Tensor, Tensor, Tensor], "tuple[Tensor, Tensor] | None"]
+"""From sums of dy and of dy (x - center), and the scale, to those that the gradient takes; None where it cannot."""
 
 
 class Vectors(NamedTuple):
@@ -26,6 +29,10 @@ class Vectors(NamedTuple):
     shift: Tensor | None
     gamma: Tensor | None
     """Weight times gain; None stands for 1."""
+    divisor: Tensor | None = None
+    """What the last kernel divides by, an int32 number; None if nobody has made it yet."""
+    pay: Pay | None = None
+    """What to do with the sums in the backward, in place of ``reduce_sums``, where one launch does it."""
 
 
 def make_vectors(norm: Normalizer, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Vectors:
@@ -75,7 +82,7 @@ class _Normalize(torch.autograd.Function):
         # From this process's sums: DDP adds up the others'.
         dweight = _gradient_of_weight(local, vectors.norm).to(weight.dtype) if needs_weight else None
         dbias = local.dy.to(bias.dtype) if needs_bias else None
-        sums = _balance(local, vectors.norm, ctx.reduce_sums)
+        sums = _balance(local, vectors, ctx.reduce_sums)
         dxs = _apply_gradient(pairs, needs_x, vectors, sums)
         return None, None, dweight, dbias, None, None, *dxs
 
@@ -129,8 +136,11 @@ def _gradient_of_weight(sums: _Sums, norm: Normalizer) -> Tensor:
     return dweight if norm.offset is None else torch.addcmul(dweight, sums.dy, norm.offset)
 
 
-def _balance(local: _Sums, norm: Normalizer, reduce_sums: ReduceSums | None) -> tuple[Tensor, Tensor]:
+def _balance(local: _Sums, vectors: Vectors, reduce_sums: ReduceSums | None) -> tuple[Tensor, Tensor]:
     """The sums of dy and dy (x - center) that the gradient takes."""
+    norm = vectors.norm
+    if vectors.pay is not None and (paid := vectors.pay(local.dy, local.dy_xmu, norm.scale)) is not None:
+        return paid
     if reduce_sums is None:
         return local.dy, local.dy_xmu
     dy, dy_xhat = reduce_sums((local.dy, local.with_xhat(norm)))
@@ -150,10 +160,12 @@ def _apply_gradient(
             torch.mul(dy, per_channel(vectors.slope, x), out=torch.empty_like(x)) if wanted else None
             for (dy, x), wanted in zip(pairs, needs_x, strict=True)
         ]
-    n, rest = _split_feedback(feedback)
+    n, rest = split_feedback(feedback)
     if rest is not None:
         sums = sums[0] * rest, sums[1] * rest
-    count = torch.full((1,), n, dtype=torch.int32, device=norm.center.device)
+    count = vectors.divisor
+    if count is None:
+        count = torch.full((1,), n, dtype=torch.int32, device=norm.center.device)
     given = (norm.center, norm.scale, vectors.gamma, *sums, count)
     return [
         (_apply_gradient_to(dy, x, *given) if x.numel() > 0 else torch.empty_like(x)) if wanted else None
@@ -165,7 +177,7 @@ def _apply_gradient_to(dy: Tensor, x: Tensor, *given: Any) -> Tensor:
     return torch.batch_norm_backward_elemt(as_passes(dy, x), as_passes(x), *given).as_strided(x.shape, x.stride())
 
 
-def _split_feedback(feedback: Tensor | float) -> tuple[int, Tensor | float | None]:
+def split_feedback(feedback: Tensor | float) -> tuple[int, Tensor | float | None]:
     """n and a factor, which together are factor/n; None for 1, which is the usual case."""
     if isinstance(feedback, Tensor):
         return 1, feedback

@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from syncaccum.layer import gpu, native
+from syncaccum.layer import fused, gpu, native
 from syncaccum.layer.compiled import find_recipe, normalize_compiled
 from syncaccum.layer.compose import compose, composed_gradients, intercept
 from syncaccum.layer.measure import Measured, measure
@@ -30,7 +30,7 @@ from syncaccum.layer.memory_order import (
     match_order,
     per_channel,
 )
-from syncaccum.layer.policies import Normalizer, Policy, ReduceSums
+from syncaccum.layer.policies import Normalizer, Policy, ReduceSums, hold
 from syncaccum.torch_private import has_no_values, is_transformed
 
 
@@ -149,7 +149,11 @@ def normalize(
         balance: from the micro-batch's two sums of the backward to those that its gradient takes; None for its own.
     """
     x = make_dense(x)
-    if torch.compiler.is_compiling() or is_transformed() or has_no_values(x):
+    is_plain = not (torch.compiler.is_compiling() or is_transformed() or has_no_values(x))
+    if is_plain and balance is None and (done := fused.normalize(x, weight, bias, policy)) is not None:
+        return done
+    policy = hold(policy)
+    if not is_plain:
         # Compilers fuse plain operations better than our passes.
         # Transforms of torch.func differentiate them in their own ways.
         return compose(x, weight, bias, policy)

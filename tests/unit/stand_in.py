@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from syncaccum.layer import fused, memory_order
 
 aten = torch.ops.aten
 
@@ -226,6 +229,21 @@ def launches(func: Any) -> bool:
     """Whether an operator starts a kernel: views and allocations do not."""
     is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
     return not is_view and not func.name().startswith(_STARTS_NONE)
+
+
+def use_stand_in(patch: pytest.MonkeyPatch, kind: str = "cuda") -> StandIn:
+    """Have layers take tensors for those of a device. They use torch's operators alone: nothing here runs Triton's."""
+    patch.setattr(memory_order, "kind_of", lambda x: kind)
+    patch.setattr(fused, "load_kernels", lambda: None)
+    return StandIn(kind)
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Ordinary passes inside, as a yardstick."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory_order, "kind_of", lambda x: "cpu")
+        yield
 
 
 class StandIn(TorchDispatchMode):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from syncaccum import SyncAccumBatchNorm, commit, lockstep, lookahead
-from syncaccum.layer import memory_order
 from syncaccum.layer.measure import measure
-from tests.unit.stand_in import RefusedError, StandIn, aten
+from tests.unit.stand_in import RefusedError, StandIn, aten, on_cpu, use_stand_in
 from tests.unit.test_passes import channels_first, channels_last, sliced
 
 C = 5
@@ -22,16 +20,7 @@ C = 5
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    monkeypatch.setattr(memory_order, "kind_of", lambda x: "cuda")
-    return StandIn()
-
-
-@contextmanager
-def on_cpu() -> Iterator[None]:
-    """Ordinary passes inside, as a yardstick."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory_order, "kind_of", lambda x: "cpu")
-        yield
+    return use_stand_in(monkeypatch)
 
 
 POLICIES = ["renorm", "batch", "running", "window"]
@@ -49,12 +38,7 @@ def make_pair(policy: str, channels: int, dtype: torch.dtype, affine: bool = Tru
     return [layer.double() if dtype == torch.float64 else layer for layer in (first, second)]
 
 
-@pytest.mark.parametrize("order", [channels_first, channels_last, sliced])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("affine", [True, False])
-def test_training_makes_calls_that_cuda_takes_and_gets_the_same(
+def assert_trains_as_on_cpu(
     cuda: StandIn,
     policy: str,
     dtype: torch.dtype,
@@ -62,6 +46,7 @@ def test_training_makes_calls_that_cuda_takes_and_gets_the_same(
     order: Callable[[Tensor], Tensor],
     affine: bool,
 ) -> None:
+    """Forward and backward of an untrained layer, and of a trained one."""
     here, there = make_pair(policy, shape[1], dtype, affine)
     tolerance = 16 * torch.finfo(dtype).eps  # roundings of input, output, statistics and gradient, in another order
     for _ in range(2):  # untrained, then trained
@@ -80,6 +65,22 @@ def test_training_makes_calls_that_cuda_takes_and_gets_the_same(
         for layer in (here, there):
             commit(layer)
     assert "aten::batch_norm_elemt.out" in cuda.called
+
+
+@pytest.mark.parametrize("order", [channels_first, channels_last, sliced])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("affine", [True, False])
+def test_training_makes_calls_that_cuda_takes_and_gets_the_same(
+    cuda: StandIn,
+    policy: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    order: Callable[[Tensor], Tensor],
+    affine: bool,
+) -> None:
+    assert_trains_as_on_cpu(cuda, policy, dtype, shape, order, affine)
 
 
 def assert_as_the_whole_batch(
@@ -322,8 +323,7 @@ def test_another_device_gets_plain_operations_and_no_waits(
     x = order(torch.randn(3, C, 4, 5, dtype=dtype) + 1).requires_grad_()
     dy = torch.randn(3, C, 4, 5, dtype=dtype)
     expected = [here(x), *torch.autograd.grad(here(x), [x, *here.parameters()], dy)]
-    monkeypatch.setattr(memory_order, "kind_of", lambda x: "xpu")
-    with StandIn("xpu").on_device():
+    with use_stand_in(monkeypatch, "xpu").on_device():
         y = there(x)
         actual = [y, *torch.autograd.grad(there(x), [x, *there.parameters()], dy)]
     tolerance = 16 * torch.finfo(dtype).eps  # as above

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from syncaccum import SyncAccumBatchNorm, commit, lockstep
-from syncaccum.layer import memory_order
-from tests.unit.stand_in import StandIn
+from tests.unit.stand_in import StandIn, use_stand_in
 
 C = 5
 PARTS = 4
@@ -20,26 +19,25 @@ PARTS = 4
 LIMITS = {"batch": (14, 3), "running": (16, 2), "renorm": (34, 5), "window": (24, 11), "lockstep": (29, 11)}
 
 
-def count_launches(mode: str) -> tuple[list[str], list[str]]:
+def count_launches(mode: str, stand_in: StandIn) -> tuple[list[str], list[str]]:
     """The operators of a layer's forward and backward, in its second window."""
     layer = SyncAccumBatchNorm(C, normalization="batch" if mode == "lockstep" else mode)
     for _ in range(2):
-        stand_in = StandIn()
+        stand_in.launched.clear()
         xs = [torch.randn(2, C, 4, 5, requires_grad=True) for _ in range(PARTS if mode == "lockstep" else 1)]
         dys = [torch.randn(2, C, 4, 5) for _ in xs]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(memory_order, "kind_of", lambda x: "cuda")
-            with stand_in.on_device():
-                ys = lockstep(layer, layer, xs) if mode == "lockstep" else [layer(xs[0])]
-                forward = list(stand_in.launched)
-                torch.autograd.grad(ys, [*xs, layer.weight, layer.bias], dys)
+        with stand_in.on_device():
+            ys = lockstep(layer, layer, xs) if mode == "lockstep" else [layer(xs[0])]
+            forward = list(stand_in.launched)
+            torch.autograd.grad(ys, [*xs, layer.weight, layer.bias], dys)
+        backward = stand_in.launched[len(forward) :]
         commit(layer)
-    return forward, stand_in.launched[len(forward) :]
+    return forward, backward
 
 
 @pytest.mark.parametrize("mode", LIMITS)
-def test_a_layer_starts_so_many_kernels_at_most(mode: str) -> None:
-    forward, backward = count_launches(mode)
+def test_a_layer_starts_so_many_kernels_at_most(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, backward = count_launches(mode, use_stand_in(monkeypatch))
     most_forward, most_backward = LIMITS[mode]
     assert len(forward) <= most_forward, forward
     assert len(backward) <= most_backward, backward
@@ -47,5 +45,6 @@ def test_a_layer_starts_so_many_kernels_at_most(mode: str) -> None:
 
 if __name__ == "__main__":
     for mode in LIMITS:
-        forward, backward = count_launches(mode)
+        with pytest.MonkeyPatch.context() as patch:
+            forward, backward = count_launches(mode, use_stand_in(patch))
         print(f"{mode:10} {len(forward):3} {len(backward):3}")
