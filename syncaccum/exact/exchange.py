@@ -67,10 +67,9 @@ class Exchange:
         self, layer: Accumulating, name: str, count: int, mean: Tensor, variance: Tensor
     ) -> tuple[Visit, Tensor | int, Tensor, Tensor]:
         """The next meeting, at this layer; everyone's count, mean and variance, from this rank's. Collective."""
-        self._visits += 1
         if self.is_alone:
-            self._refuse_one_value(name, count)
-            return self._visit(name, 0), max(count, 1), mean, variance
+            return self.visit_alone(name, count), max(count, 1), mean, variance
+        self._visits += 1
         # With a large mean, sums of squares lose the variance.
         # So all subtract what all ranks have: the running mean.
         committed = committed_mean(layer)
@@ -85,6 +84,12 @@ class Exchange:
         # No value at all: nothing is divided.
         everyones = replace(everyones, count=everyones.count.clamp_min(1))
         return visit, everyones.count, everyones.mean + origin, everyones.variance
+
+    def visit_alone(self, layer: str, count: int) -> Visit:
+        """The next meeting, at this layer, with so many values, where this process is alone."""
+        self._visits += 1
+        self._refuse_one_value(layer, count)
+        return self._visit(layer, 0)
 
     def _visit(self, layer: str, origin: int) -> Visit:
         return Visit(self._call, self._lockstep, self._visits, layer, origin)

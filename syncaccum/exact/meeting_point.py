@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from syncaccum.errors import LockstepError
 from syncaccum.exact.exchange import Exchange
+from syncaccum.layer import fused
 from syncaccum.layer.accumulate import accumulate_together
+from syncaccum.layer.gpu import Vectors
 from syncaccum.layer.measure import Measured, measure, merge
 from syncaccum.layer.memory_order import make_dense, per_channel
 from syncaccum.layer.passes import normalize_together
@@ -49,6 +51,8 @@ class Meeting:
     """From the moments of all ranks' micro-batches."""
     reduce_sums: ReduceSums | None
     """What a backward over all of them sums with; None where this process is alone."""
+    vectors: Vectors | None = None
+    """The normalizer with their weight and bias, where a kernel has made them."""
 
 
 Normalize = Callable[[Meeting], Callable[[int], Tensor]]
@@ -151,14 +155,41 @@ class MeetingPoint:
         exchange = self.exchange_of(first.layer)
         with torch.no_grad():
             measured = [a.measured or measure(a.x) for a in arrivals]
-            count, mean, variance = merge(measured)
-            visit, total, center, spread = exchange.statistics(first.layer, name, count, mean, variance)
-            if first.counts:
-                mine, before = pack_statistics(count, mean, variance), self.statistics.get(first.layer)
-                self.statistics[first.layer] = mine if before is None else before + mine
-            # 1/n of all values: the feedback of the global batch.
-            norm = Normalizer(center, torch.rsqrt(spread + first.eps), None, None, 1 / total)
-        return self._mode.normalize(Meeting(name, arrivals, measured, total, norm, exchange.sums_of(visit)))
+            meeting = self._meet_alone(name, arrivals, measured, exchange)
+            if meeting is None:
+                meeting = self._meet_all(name, arrivals, measured, exchange)
+        return self._mode.normalize(meeting)
+
+    def _meet_all(
+        self, name: str, arrivals: Sequence[Arrival], measured: Sequence[Measured], exchange: Exchange
+    ) -> Meeting:
+        first = arrivals[0]
+        count, mean, variance = merge(measured)
+        visit, total, center, spread = exchange.statistics(first.layer, name, count, mean, variance)
+        self._count(first, pack_statistics(count, mean, variance))
+        # 1/n of all values: the feedback of the global batch.
+        norm = Normalizer(center, torch.rsqrt(spread + first.eps), None, None, 1 / total)
+        return Meeting(name, arrivals, measured, total, norm, exchange.sums_of(visit))
+
+    def _meet_alone(
+        self, name: str, arrivals: Sequence[Arrival], measured: Sequence[Measured], exchange: Exchange
+    ) -> Meeting | None:
+        """A meeting that one kernel on a GPU prepares; None where it cannot."""
+        first = arrivals[0]
+        if not (exchange.is_alone and share_parameters(arrivals)):
+            return None
+        if (merged := fused.merge(measured, first.weight, first.bias, first.eps)) is None:
+            return None
+        packed, vectors = merged
+        count = sum(part.n for part in measured)
+        exchange.visit_alone(name, count)
+        self._count(first, packed)
+        return Meeting(name, arrivals, measured, count, vectors.norm, None, vectors)
+
+    def _count(self, arrival: Arrival, sums: Tensor) -> None:
+        if arrival.counts:
+            before = self.statistics.get(arrival.layer)
+            self.statistics[arrival.layer] = sums if before is None else before + sums
 
     def exchange_of(self, layer: Accumulating) -> Exchange:
         """The collectives of this call over a layer's group."""
@@ -175,12 +206,17 @@ def make_arrival(
     return Arrival(layer, make_dense(x), weight, bias, eps, torch.is_grad_enabled(), counts)
 
 
+def share_parameters(arrivals: Sequence[Arrival]) -> bool:
+    """Whether all have the same weight and bias, and not each its own."""
+    return all(a.weight is arrivals[0].weight and a.bias is arrivals[0].bias for a in arrivals)
+
+
 def normalize_side_by_side(meeting: Meeting) -> Callable[[int], Tensor]:
     """One autograd node for all micro-batches of the rank, whose backward takes their sums together."""
     arrivals, first = meeting.arrivals, meeting.arrivals[0]
     xs = [a.x for a in arrivals]
-    if all(a.weight is first.weight and a.bias is first.bias for a in arrivals):
-        together = xs, meeting.measured, first.weight, first.bias, meeting.norm, meeting.reduce_sums
+    if share_parameters(arrivals):
+        together = xs, meeting.measured, first.weight, first.bias, meeting.norm, meeting.reduce_sums, meeting.vectors
         return normalize_together(*together).__getitem__
     # Each has parameters of its own: apply them one by one.
     plain = normalize_together(xs, meeting.measured, None, None, meeting.norm, meeting.reduce_sums)

@@ -9,7 +9,7 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from syncaccum.layer import gpu, native
 from syncaccum.layer.compiled import find_recipe
+from syncaccum.layer.measure import Measured
 from syncaccum.layer.memory_order import as_passes, is_on_cuda
 from syncaccum.layer.policies import Normalizer, Policy, Renorm, Running
 
@@ -73,6 +74,23 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Pol
     return y, packed
 
 
+def merge(
+    parts: Sequence[Measured], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, gpu.Vectors] | None:
+    """Packed moments of several micro-batches together, and what normalises all; None where no kernel does it."""
+    parts = [part for part in parts if part.n > 0]
+    counts = [part.n for part in parts]
+    # The kernel is told two sizes: the last is often smaller.
+    if not parts or len(set(counts[:-1])) > 1 or not all(takes(part.values, weight, bias) for part in parts):
+        return None
+    statistics = torch.stack([vector for part in parts for vector in (part.mean, part.variance)])
+    given = statistics, weight, bias, counts[0], counts[-1], eps
+    if (found := run(torch.ops.syncaccum.merge_vectors.default, *given)) is None:
+        return None
+    packed, narrow, count = found
+    return packed, unpack(narrow, 1 / sum(counts), weight, bias)._replace(divisor=count)
+
+
 def run(operator: Any, *given: Any) -> Any:
     """What an operator returns; None where Triton cannot start its kernel, once and for all."""
     global _is_broken
@@ -119,6 +137,16 @@ def _find_vectors(mean: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
     return room
 
 
+def _merge_vectors(
+    statistics: Tensor, weight: Tensor | None, bias: Tensor | None, values: int, last: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    vectors, channels = statistics.shape
+    room = make_room(statistics, 1 + 2 * channels)
+    sizes = vectors // 2, values, last
+    launch("merge_vectors", channels, statistics, statistics, weight, bias, *room, *sizes, EPS=eps)
+    return room
+
+
 # With less to do for each call than torch.library.custom_op: 2 us and not 10.
 _library = torch.library.Library("syncaccum", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -137,4 +165,10 @@ define(
     "-> (Tensor, Tensor, Tensor)",
     _find_vectors,
     lambda mean, *_: make_room(mean, 1 + 4 * mean.numel()),
+)
+define(
+    "merge_vectors",
+    "(Tensor statistics, Tensor? weight, Tensor? bias, int values, int last, float eps) -> (Tensor, Tensor, Tensor)",
+    _merge_vectors,
+    lambda statistics, *_: make_room(statistics, 1 + 2 * statistics.shape[1]),
 )

@@ -174,6 +174,7 @@ def normalize_together(
     bias: Tensor | None,
     norm: Normalizer,
     reduce_sums: ReduceSums | None,
+    vectors: gpu.Vectors | None = None,
 ) -> tuple[Tensor, ...]:
     """Normalise several dense micro-batches with statistics that all of them took part in.
 
@@ -181,7 +182,10 @@ def normalize_together(
         norm: from the moments of everyone's micro-batches; its feedback counts all their values.
         reduce_sums: from this process's two sums of the backward to everyone's, collective where the moments were;
             None where there is nobody else.
+        vectors: the normalizer, weight and bias as a GPU's kernels take them, where somebody has made them.
     """
+    if vectors is not None:
+        return gpu.normalize(xs, vectors, weight, bias, reduce_sums, None)
     return _apply_normalize(norm, measured, weight, bias, reduce_sums, None, *xs)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,8 +15,16 @@ from torch import Tensor
 from syncaccum import SyncAccumBatchNorm, commit
 from syncaccum.layer import fused
 from tests.unit.stand_in import StandIn, on_cpu, use_stand_in
-from tests.unit.test_cuda_calls import POLICIES, C, assert_trains_as_on_cpu, make_pair
-from tests.unit.test_gpu_launches import count_launches
+from tests.unit.test_cuda_calls import (
+    POLICIES,
+    C,
+    assert_as_the_whole_batch,
+    assert_trains_as_on_cpu,
+    make_pair,
+    run_lockstep,
+    run_lookahead,
+)
+from tests.unit.test_gpu_launches import PARTS, count_launches
 from tests.unit.test_passes import channels_first, channels_last
 
 triton = pytest.importorskip("triton")
@@ -50,7 +59,8 @@ def test_training_is_that_of_a_cpu(
     assert_trains_as_on_cpu(cuda, policy, dtype, (3, channels, 4, 5), order, affine)
 
 
-LIMITS = {"batch": (4, 2), "running": (4, 2), "renorm": (4, 4)}
+# Of a lockstep's forward, the last one adds to the windows of all layers.
+LIMITS = {"batch": (4, 2), "running": (4, 2), "renorm": (4, 4), "lockstep": (2 * PARTS + 3, 2 * PARTS + 2)}
 
 
 @pytest.mark.parametrize("mode", LIMITS)
@@ -59,6 +69,24 @@ def test_a_layer_starts_so_many_kernels_at_most(cuda: StandIn, mode: str) -> Non
     most_forward, most_backward = LIMITS[mode]
     assert len(forward) <= most_forward, forward
     assert len(backward) <= most_backward, backward
+
+
+@pytest.mark.parametrize("order", [channels_first, channels_last])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(2, 2), (2, 2, 1), (3,), (1, 2, 3), (2, 0, 1)], ids=str)
+@pytest.mark.parametrize("affine", [True, False])
+def test_lockstep_is_the_whole_batch(
+    cuda: StandIn, sizes: tuple[int, ...], dtype: torch.dtype, order: Callable[[Tensor], Tensor], affine: bool
+) -> None:
+    parts = [order(torch.randn(n, C, 4, 5, dtype=dtype) + 1) for n in sizes]
+    assert_as_the_whole_batch(parts, affine, partial(run_lockstep, cuda))
+    # The kernel is told two sizes.
+    assert ("syncaccum::merge_vectors" in cuda.launched) == (sizes != (1, 2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_lookahead_has_the_outputs_of_the_whole_batch(cuda: StandIn, dtype: torch.dtype) -> None:
+    assert_as_the_whole_batch([torch.randn(5, C, 4, 5, dtype=dtype) + 1], True, partial(run_lookahead, cuda))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -121,6 +149,7 @@ def test_without_triton_torch_does_it(cuda: StandIn, monkeypatch: pytest.MonkeyP
 
 SCALARS = {"n", "divisor", "channels", "samples", "of_sample", "trained", "untrained", "parts", "values", "last"}
 CONSTANTS: dict[str, dict[str, Any]] = {
+    "merge_vectors": {"EPS": 1e-5, "BLOCK": 128},
     "find_vectors": {"POLICY": 4, "EPS": 1e-5, "PRIOR_COUNT": 1.0, "R_MAX": 1.5, "D_MAX": 0.5, "BLOCK": 128},
 }
 

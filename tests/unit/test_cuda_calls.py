@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -112,6 +113,16 @@ def assert_as_the_whole_batch(
         )
 
 
+def run_lockstep(cuda: StandIn, layer: SyncAccumBatchNorm, xs: list[Tensor], dy: Tensor) -> tuple[Tensor, list[Tensor]]:
+    narrow = xs if dy.element_size() == 2 else []
+    with cuda.on_device(*narrow):
+        outputs = lockstep(layer, layer, xs)
+    ys = torch.cat(outputs)
+    with cuda.on_device(*narrow):
+        gradients = torch.autograd.grad(ys, [*xs, *layer.parameters()], dy)
+    return ys, list(gradients)
+
+
 @pytest.mark.parametrize("order", [channels_first, channels_last])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sizes", [(2, 1, 3), (2, 2), (3,), (2, 0, 1)], ids=str)
@@ -119,16 +130,19 @@ def assert_as_the_whole_batch(
 def test_lockstep_makes_calls_that_cuda_takes(
     cuda: StandIn, sizes: tuple[int, ...], dtype: torch.dtype, order: Callable[[Tensor], Tensor], affine: bool
 ) -> None:
-    def run(layer: SyncAccumBatchNorm, xs: list[Tensor], dy: Tensor) -> tuple[Tensor, list[Tensor]]:
-        with cuda.on_device(*(xs if dtype.itemsize == 2 else [])):
-            outputs = lockstep(layer, layer, xs)
-        ys = torch.cat(outputs)
-        with cuda.on_device(*(xs if dtype.itemsize == 2 else [])):
-            gradients = torch.autograd.grad(ys, [*xs, *layer.parameters()], dy)
-        return ys, list(gradients)
-
     parts = [order(torch.randn(n, C, 4, 5, dtype=dtype)) for n in sizes]
-    assert_as_the_whole_batch(parts, affine, run)
+    assert_as_the_whole_batch(parts, affine, partial(run_lockstep, cuda))
+
+
+def run_lookahead(
+    cuda: StandIn, layer: SyncAccumBatchNorm, xs: list[Tensor], dy: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Of one micro-batch: its gradient is exact, too."""
+    # Between its passes, and in the end, the host looks at something.
+    with cuda.on_device(may_wait=True):
+        for y in lookahead(layer, layer, xs):
+            gradients = torch.autograd.grad(y, [*xs, *layer.parameters()], dy)
+    return y, list(gradients)
 
 
 @pytest.mark.parametrize("order", [channels_first, channels_last])
@@ -136,16 +150,8 @@ def test_lockstep_makes_calls_that_cuda_takes(
 def test_lookahead_makes_calls_that_cuda_takes(
     cuda: StandIn, dtype: torch.dtype, order: Callable[[Tensor], Tensor]
 ) -> None:
-    """Of one micro-batch its gradient is exact, too."""
-
-    def run(layer: SyncAccumBatchNorm, xs: list[Tensor], dy: Tensor) -> tuple[Tensor, list[Tensor]]:
-        # Between its passes, and in the end, the host looks at something.
-        with cuda.on_device(may_wait=True):
-            for y in lookahead(layer, layer, xs):
-                gradients = torch.autograd.grad(y, [*xs, *layer.parameters()], dy)
-        return y, list(gradients)
-
-    assert_as_the_whole_batch([order(torch.randn(5, C, 4, 5, dtype=dtype))], True, run)
+    parts = [order(torch.randn(5, C, 4, 5, dtype=dtype))]
+    assert_as_the_whole_batch(parts, True, partial(run_lookahead, cuda))
 
 
 def test_waits_of_a_lookahead_are_as_many_for_many_layers(cuda: StandIn) -> None:
