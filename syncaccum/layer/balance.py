@@ -32,5 +32,10 @@ def spread(debt: Tensor, n: float, done: float, total: float, least: float = 0.0
         n, done, total: values per channel in this micro-batch, in those before it, and N of the whole window.
         least: the values that pay are taken for no fewer than so many.
     """
+    return debt / payers(n, done, total, least)
+
+
+def payers(n: float, done: float, total: float, least: float = 0.0) -> float:
+    """How many values are taken to pay, see `spread`."""
     # n: all of it, where a window is longer than expected.
-    return debt / max(total - done, _FLOOR * total, least, n)
+    return max(total - done, _FLOOR * total, least, n)

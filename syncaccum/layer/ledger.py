@@ -8,12 +8,12 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from syncaccum.layer.balance import spread
+from syncaccum.layer.balance import payers
 from syncaccum.layer.following import follow
 from syncaccum.layer.replay import Record, Records
 
@@ -26,6 +26,23 @@ _LEAST = 4
 
 _ledgers: weakref.WeakValueDictionary[int, Ledger] = weakref.WeakValueDictionary()
 _keys = itertools.count()
+
+Paid = TypeVar("Paid", covariant=True)
+
+
+class Pay(Protocol[Paid]):
+    """The arithmetic of one payment."""
+
+    def __call__(self, owed: Tensor, payers: float, n: int, *, again: bool) -> tuple[Paid, Tensor]:
+        """What each value pays, and what is owed then.
+
+        Args:
+            owed: before.
+            payers: how many values are taken to pay.
+            n: how many pay it now; 0 where nothing is taken off.
+            again: whether this micro-batch has paid before, so that it pays for its own sums alone.
+        """
+
 
 _books = threading.Lock()
 """Backward walks may run in several threads: those of several devices, or of DataParallel's replicas."""
@@ -116,6 +133,11 @@ class Ledger:
         mean = mean.to(self.squares.device)
         with _books:
             self.squares.addcmul_(mean, mean, value=samples)
+        self.note_samples(samples)
+
+    def note_samples(self, samples: int) -> None:
+        """A micro-batch goes into the window, and `squares` has its mean."""
+        with _books:
             self.samples += samples
             self.micro_batches += 1
 
@@ -169,28 +191,36 @@ class Ledger:
             of_sample: values per channel in each.
             record: what its forward used.
         """
-        feedback = self._pay(batch, samples * of_sample, of_sample, record) if record.counts else None
+
+        def pay(owed: Tensor, payers: float, n: int, *, again: bool) -> tuple[Tensor, Tensor]:
+            total = batch + owed.to(batch.device)
+            feedback = (batch if again else total) / payers
+            return feedback, total.sub(feedback, alpha=n) if n else total
+
+        feedback = self.pay(samples, of_sample, record, pay)
         if feedback is None:
             # No books: its own share, as if the others were constants.
             feedback = batch / (record.others[0] + samples * of_sample)
         return feedback
 
-    def _pay(self, batch: Tensor, n: int, of_sample: int, record: Record) -> Tensor | None:
-        """A and B for a micro-batch, booked; None if its window is over."""
+    def pay(self, samples: int, of_sample: int, record: Record, pay: Pay[Paid]) -> Paid | None:
+        """Book what a micro-batch pays; None if it does not count, or its window is over.
+
+        Args:
+            pay: the arithmetic.
+        """
+        n = samples * of_sample
         with _books:
-            if record.number != self.number:
+            if not record.counts or record.number != self.number:
                 return None
             self._settle()
-            owed = batch + self.owed.to(batch.device)
             done = self.paid_at.get(record.forward)
             # Walked again: its sums come to those of the first walk.
-            debt, before = (owed, self.done) if done is None else (batch, done)
-            if self.expected:
-                feedback = spread(debt, n, before, self.expected, _LEAST * of_sample)
-                owed = owed.sub(feedback, alpha=n)
-            else:
-                # Nobody knows how long it will be: the mean of what came.
-                feedback = debt / (before + n + of_sample)
+            before = self.done if done is None else done
+            # Nobody knows how long the first window will be: the mean of what came, and nothing is taken off.
+            known = bool(self.expected)
+            payers_ = payers(n, before, self.expected, _LEAST * of_sample) if known else before + n + of_sample
+            feedback, owed = pay(self.owed, payers_, n if known else 0, again=done is not None)
             self.paid_at[record.forward] = before
             # One call: a signal comes before or after it.
             vars(self).update(owed=owed.to(self.owed.device), done=self.done + n if done is None else self.done)

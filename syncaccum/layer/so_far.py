@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from syncaccum.layer import gpu
 from syncaccum.layer.accumulate import bring_window_home
 from syncaccum.layer.ledger import Ledger
-from syncaccum.layer.memory_order import is_on_cpu
+from syncaccum.layer.memory_order import is_on_cpu, is_on_cuda, make_dense
 from syncaccum.layer.passes import normalize
 from syncaccum.layer.policies import Normalizer, Window, copy_committed
 from syncaccum.layer.replay import Record, number_forward
 from syncaccum.layer.so_far_compiled import normalize_compiled
+from syncaccum.layer.so_far_fused import Sizes, find_vectors, pay
 from syncaccum.layer.state import Accumulating, match_width
 from syncaccum.moments import pack_statistics
 from syncaccum.torch_private import buffers_of, has_no_values, is_transformed, runs_in_backward, saved_tensor_hooks
@@ -35,6 +39,10 @@ def normalize_so_far(
         committed = _count_committed(layer, x)
         return normalize_compiled(x, weight, bias, eps, state.window, committed, state.ledger.key, counts)
     visit = _Visit(layer, x, eps, counts)
+    x = make_dense(x)
+    if (done := visit.normalize_fused(layer, x, weight, bias)) is not None:
+        return done
+    visit.count_others(layer, x)
     return normalize(x, weight, bias, visit, visit.take_back)
 
 
@@ -54,8 +62,40 @@ class _Visit:
         # no graph of ours keeps the record.
         self._holds = is_plain and not torch.is_grad_enabled()
         self._keeps = self._holds or (is_plain and saved_tensor_hooks() is not None)
-        others = _count_others(layer, ledger, x)
-        self._record = Record(others, ledger.number, number_forward(), counts and is_plain)
+        self._counts, self._is_plain = counts and is_plain, is_plain
+        self._record: Record
+
+    def count_others(self, layer: Accumulating, x: Tensor) -> None:
+        """Look at what the micro-batch is counted together with."""
+        self._begin(_count_others(layer, self._ledger, x))
+
+    def _begin(self, others: Tensor) -> None:
+        self._record = Record(others, self._ledger.number, number_forward(), self._counts)
+
+    def normalize_fused(
+        self, layer: Accumulating, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """All of it by kernels on a GPU; None where none does it. A second forward is looked up by hand."""
+        is_replica = getattr(layer, "_is_replica", False)
+        if not self._is_plain or self._layer is not None or is_replica or not is_on_cuda(x):
+            return None
+        bring_window_home(layer._accumulation, x.device)
+        sizes = Sizes(self._samples, self._of_sample, _COMMITTED_SAMPLES * self._of_sample, _UNTRAINED_VALUES)
+        with torch.no_grad():
+            found = find_vectors(layer, self._ledger, x, weight, bias, self._eps, sizes, counts=self._counts)
+        if found is None:
+            return None
+        packed, others, vectors = found
+        self._begin(others)
+        if self._keeps:
+            self._ledger.records.add(self._record, packed, hold=self._holds)
+        if self._counts:
+            self._ledger.note_samples(self._samples)
+        (y,) = gpu.normalize([x], vectors._replace(pay=self._pay_fused), weight, bias, self.take_back, self)
+        return y, packed
+
+    def _pay_fused(self, dy: Tensor, dy_xmu: Tensor, scale: Tensor) -> tuple[Tensor, Tensor] | None:
+        return self._ledger.pay(self._samples, self._of_sample, self._record, partial(pay, dy, dy_xmu, scale))
 
     def normalizer(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
         if self._layer is not None:

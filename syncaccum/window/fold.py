@@ -58,7 +58,8 @@ def apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> Non
     run_uninterrupted(
         [
             partial(copy_all, current, stored),
-            partial(add_to_all, counters, 1),
+            # It refuses an empty list.
+            *([partial(add_to_all, counters, 1)] if counters else []),
             *steps_of_new_window(states),
             *closing,
             # A checkpoint's second forward would now see other statistics.
