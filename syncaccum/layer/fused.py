@@ -142,8 +142,8 @@ def _merge_vectors(
 ) -> tuple[Tensor, Tensor, Tensor]:
     vectors, channels = statistics.shape
     room = make_room(statistics, 1 + 2 * channels)
-    sizes = vectors // 2, values, last
-    launch("merge_vectors", channels, statistics, statistics, weight, bias, *room, *sizes, EPS=eps)
+    given = statistics, weight, bias, *room, values, last
+    launch("merge_vectors", channels, statistics, *given, PARTS=vectors // 2, EPS=eps)
     return room
 
 

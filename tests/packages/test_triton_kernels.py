@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -29,7 +31,8 @@ from tests.unit.test_cuda_calls import (
 from tests.unit.test_gpu_launches import PARTS, count_launches
 from tests.unit.test_passes import channels_first, channels_last
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+compile_kernels = importlib.import_module("tests.packages.compile_kernels")
 
 KERNELS = "syncaccum.layer.kernels.vectors"
 
@@ -194,7 +197,7 @@ def test_without_triton_torch_does_it(cuda: StandIn, monkeypatch: pytest.MonkeyP
 def test_their_operators_are_as_torch_library_wants_them(cuda: StandIn, policy: str) -> None:
     """Their schemas, what they change, and the shapes that compilers are told."""
     calls: list[tuple[Any, tuple[Any, ...]]] = []
-    operators = [getattr(torch.ops.syncaccum, name).default for name in CONSTANTS]
+    operators = [getattr(torch.ops.syncaccum, name).default for name in compile_kernels.CONSTANTS]
 
     class Listens(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -212,33 +215,9 @@ def test_their_operators_are_as_torch_library_wants_them(cuda: StandIn, policy: 
         torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
 
 
-SCALARS = {"n", "divisor", "channels", "samples", "of_sample", "trained", "untrained", "parts", "values", "last"}
-CONSTANTS: dict[str, dict[str, Any]] = {
-    "merge_vectors": {"EPS": 1e-5, "BLOCK": 128},
-    "find_window_vectors": {"KNOWS_PRIOR": False, "COUNTS": True, "EPS": 1e-5, "BLOCK": 128},
-    "pay": {"AGAIN": False, "BLOCK": 128},
-    "find_vectors": {"POLICY": 4, "EPS": 1e-5, "PRIOR_COUNT": 1.0, "R_MAX": 1.5, "D_MAX": 0.5, "BLOCK": 128},
-}
-
-
-@pytest.mark.parametrize("name", CONSTANTS)
-@pytest.mark.parametrize(
-    ("capability", "dtype", "affine"), [(80, "fp32", True), (90, "fp64", False), (75, "fp32", False)]
-)
-# Triton 3.9 says that a default of the next version will be another one.
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-def test_the_kernels_compile_for_a_gpu(name: str, capability: int, dtype: str, affine: bool) -> None:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = getattr(importlib.import_module(KERNELS), name)
-    constants = dict(CONSTANTS[name])
-    if not affine and "weight" in kernel.arg_names:
-        constants |= {"weight": None, "bias": None}
-    kinds = {"count": "*i32", "batches": "*i64", "payers": "i64"}
-    kinds |= dict.fromkeys(["wide", "window", "prior", "squares", "owed", "owed_after"], "*fp64")
-    kinds |= dict.fromkeys(SCALARS, "i32") | dict.fromkeys(constants, "constexpr")
-    signature = {argument: kinds.get(argument, f"*{dtype}") for argument in kernel.arg_names}
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants), target=target)
-    assert compiled.asm["cubin"]
+def test_the_kernels_compile_for_gpus() -> None:
+    program = [sys.executable, "-m", "tests.packages.compile_kernels"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("bytes") == len(compile_kernels.CONSTANTS) * len(compile_kernels.CASES)

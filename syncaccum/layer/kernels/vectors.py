@@ -200,7 +200,7 @@ def pay(dy, dy_xmu, scale, owed, owed_after, each, payers, n, channels, AGAIN: t
     tl.store(each + channels + c, (second / s).to(dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["parts", "values", "last"])
+@triton.jit(do_not_specialize=["values", "last"])
 def merge_vectors(
     statistics,
     weight,
@@ -208,38 +208,41 @@ def merge_vectors(
     wide,
     narrow,
     count,
-    parts,
     values,
     last,
     channels,
+    PARTS: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Several micro-batches together (`measure.merge`), normalised as one.
 
-    statistics: mean and variance of each; (parts, 2, C) numbers.
+    statistics: mean and variance of each; (PARTS, 2, C) numbers.
     values, last: per channel in each, and in the last.
     wide: packed moments of all; 1 + 2 C numbers.
     """
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = c < channels
-    n = values * (parts - 1) + last
+    n = values * (PARTS - 1) + last
     if tl.program_id(0) == 0:
         tl.store(wide, tl.cast(n, tl.float64))
         tl.store(count, tl.cast(n, tl.int32))
     one, zero = _full(1.0, BLOCK), _full(0.0, BLOCK)
     # Means less one of them: small numbers, also where means are large.
     start = _load(statistics, c, inside)
+    share, share_of_last = tl.cast(values, tl.float64) / n, tl.cast(last, tl.float64) / n
+    final = statistics + 2 * (PARTS - 1) * channels
     step, spread = zero, zero
-    for k in range(parts):
-        here = tl.cast(tl.where(k == parts - 1, last, values), tl.float64)
-        step += (_load(statistics + 2 * k * channels, c, inside) - start) * here
-    step = step / tl.cast(n, tl.float64)
-    for k in range(parts):
-        here = tl.cast(tl.where(k == parts - 1, last, values), tl.float64)
-        delta = _load(statistics + 2 * k * channels, c, inside) - start - step
-        spread += (_load(statistics + (2 * k + 1) * channels, c, inside) + delta * delta) * here
-    m, v = start + step, spread / tl.cast(n, tl.float64)
+    for k in range(PARTS - 1):
+        step += _load(statistics + 2 * k * channels, c, inside) - start
+    step = step * share + (_load(final, c, inside) - start) * share_of_last
+    for k in range(PARTS - 1):
+        here = statistics + 2 * k * channels
+        delta = _load(here, c, inside) - start - step
+        spread += _load(here + channels, c, inside) + delta * delta
+    delta = _load(final, c, inside) - start - step
+    m = start + step
+    v = spread * share + (_load(final + channels, c, inside) + delta * delta) * share_of_last
     _pack(wide, m, v, n, c, inside, channels)
     scale = one / tl.sqrt(v + _full(EPS, BLOCK))
     _store(narrow, m, scale, one, zero, weight, bias, c, inside, channels, one, zero)
