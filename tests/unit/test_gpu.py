@@ -8,8 +8,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from syncaccum import SyncAccumBatchNorm, commit, convert_sync_accum, lockstep, lookahead
+from syncaccum.layer import fused
 from tests.oracle import assert_same_statistics, reference
 
 pytestmark = [
@@ -41,10 +43,18 @@ def test_statistics_of_the_whole_batch(ratio: float, order) -> None:  # type: ig
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("order", [Tensor.contiguous, channels_last])
+@pytest.mark.parametrize("triton", [True, False])
 @pytest.mark.parametrize("shape", [(4, 5, 9, 9), (4, 5, 300, 301), (64, 5), (4, 5, 7)], ids=str)
 def test_forward_and_backward_are_those_of_the_cpu(  # type: ignore[no-untyped-def]
-    policy: str, dtype: torch.dtype, order, shape: tuple[int, ...]
+    policy: str,
+    dtype: torch.dtype,
+    order,
+    shape: tuple[int, ...],
+    triton: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if not triton:
+        monkeypatch.setattr(fused, "load_kernels", lambda: None)
     here, there = (SyncAccumBatchNorm(5, normalization=policy) for _ in range(2))
     if dtype == torch.float64:
         here.double()
@@ -63,6 +73,20 @@ def test_forward_and_backward_are_those_of_the_cpu(  # type: ignore[no-untyped-d
         assert outputs[1].stride() == y.stride()
         commit(here)
         commit(there)
+
+
+@pytest.mark.parametrize(("policy", "most"), [("batch", 6), ("running", 6), ("renorm", 8), ("window", 8)])
+def test_a_layer_starts_so_many_kernels_at_most(policy: str, most: int) -> None:
+    layer = SyncAccumBatchNorm(5, normalization=policy, device="cuda")
+    x, dy = (torch.randn(4, 5, 9, 9, device="cuda") for _ in range(2))
+    for _ in range(2):  # compiled, then counted
+        leaves = [x.requires_grad_(), *layer.parameters()]
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            torch.autograd.grad(layer(x), leaves, dy)
+            torch.cuda.synchronize()
+        commit(layer)
+    kernels = [event.name for event in seen.events() if "mem" not in event.name.lower()]
+    assert 0 < len(kernels) <= most, kernels
 
 
 @contextmanager
