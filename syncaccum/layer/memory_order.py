@@ -67,4 +67,5 @@ def is_on_cuda(x: Tensor) -> bool:
 
 def kind_of(x: Tensor) -> str:
     """The kind of its device. Asked here only: tests put a stand-in in a device's place."""
-    return x.device.type
+    # Faster than to ask for the device.
+    return "cpu" if x.is_cpu else x.device.type

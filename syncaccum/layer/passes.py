@@ -150,7 +150,12 @@ def normalize(
     """
     x = make_dense(x)
     is_plain = not (torch.compiler.is_compiling() or is_transformed() or has_no_values(x))
-    if is_plain and balance is None and (done := fused.normalize(x, weight, bias, policy)) is not None:
+    if (
+        is_plain
+        and balance is None
+        and is_on_cuda(x)
+        and (done := fused.normalize(x, weight, bias, policy)) is not None
+    ):
         return done
     policy = hold(policy)
     if not is_plain:

@@ -189,9 +189,10 @@ def choose_policy(layer: Accumulating, count: int, eps: float) -> Policy:
 
 def hold(policy: Policy) -> Policy:
     """The policy with committed statistics of its own, in float64: a commit before the backward changes the layer's."""
-    if isinstance(policy, Running | Renorm):
-        mean, variance = _copy(policy.committed_mean), _copy(policy.committed_variance)
-        return policy._replace(committed_mean=mean, committed_variance=variance)
+    # A tuple, and no union: each forward comes here.
+    if isinstance(policy, (Running, Renorm)):
+        eps, mean, variance, *settings = policy
+        return type(policy)(eps, _copy(mean), _copy(variance), *settings)
     return policy
 
 

@@ -40,7 +40,7 @@ def normalize_so_far(
         return normalize_compiled(x, weight, bias, eps, state.window, committed, state.ledger.key, counts)
     visit = _Visit(layer, x, eps, counts)
     x = make_dense(x)
-    if (done := visit.normalize_fused(layer, x, weight, bias)) is not None:
+    if is_on_cuda(x) and (done := visit.normalize_fused(layer, x, weight, bias)) is not None:
         return done
     visit.count_others(layer, x)
     return normalize(x, weight, bias, visit, visit.take_back)
@@ -77,7 +77,7 @@ class _Visit:
     ) -> tuple[Tensor, Tensor] | None:
         """All of it by kernels on a GPU; None where none does it. A second forward is looked up by hand."""
         is_replica = getattr(layer, "_is_replica", False)
-        if not self._is_plain or self._layer is not None or is_replica or not is_on_cuda(x):
+        if not self._is_plain or self._layer is not None or is_replica:
             return None
         bring_window_home(layer._accumulation, x.device)
         sizes = Sizes(self._samples, self._of_sample, _COMMITTED_SAMPLES * self._of_sample, _UNTRAINED_VALUES)
