@@ -15,7 +15,7 @@ help: ## list the targets
 KERNELS := syncaccum/layer/kernels
 
 # The install compiles the CPU passes, where there is a compiler.
-$(INSTALLED): pyproject.toml constraints.txt $(KERNELS)/passes.cpp $(KERNELS)/build.py
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard $(KERNELS)/*.cpp $(KERNELS)/*.py)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch

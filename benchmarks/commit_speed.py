@@ -1,7 +1,7 @@
 """What does a commit cost over the bare all-reduce of the same bytes, and over SyncBatchNorm's pattern?
 
 The layers of ResNet-50 (53 layers, 26,560 channels) on two gloo ranks. Four things take turns in one run: the bare
-all-reduce; the floor, which is that and the tensor operations that no commit can do without, on ready-made lists and
+all-reduce; the floor, which is that and a plain commit's tensor operations, on ready-made lists, in fresh memory and
 with no check at all; a commit; and the 848 collectives of SyncBatchNorm's pattern for 8 micro-batches.
 
     python -m benchmarks.commit_speed

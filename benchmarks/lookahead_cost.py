@@ -1,9 +1,9 @@
-"""What does look-ahead cost over ordinary gradient accumulation, in time and in memory?
+"""What do look-ahead and lockstep cost over ordinary gradient accumulation, in time and in memory?
 
 ResNet-18, forward and backward of a window of 32 images: ordinary micro-batches with nn.BatchNorm, the same with the
-converted model (policy renorm), look-ahead, and lockstep. For time they take turns; a ratio is the median over rounds
-of the ratio within a round. Memory is the most that tensors take above the start. "On the host" is look-ahead with
-``offload="cpu"``; the host's part is NumPy's memory then, which is not counted.
+converted model (policy window), look-ahead, and lockstep; these two also with ``offload="cpu"``. For time they take
+turns; a ratio is the median over rounds of the ratio within a round. Memory is what a GPU would hold above the start,
+as `device_memory` counts it. Offload copies from memory to memory here: its time says nothing of a GPU's.
 
     python -m benchmarks.lookahead_cost
 """
@@ -12,27 +12,23 @@ from __future__ import annotations
 
 import statistics
 import time
-import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
-from unittest.mock import patch
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.device_memory import parking_outside, peak_bytes
 from benchmarks.lockstep_speed import one_by_one, side_by_side
 from benchmarks.report import Figure, publish
 from benchmarks.resnet18 import build_resnet18
-from syncaccum import convert_sync_accum, discard, lookahead
-from syncaccum.exact.offload import WaitingRoom
+from syncaccum import SyncAccumBatchNorm, convert_sync_accum, discard, lookahead
 
 ROUNDS = 8
 WINDOW = 32
 MICRO_BATCHES = (1, 4)
 SIDE, LARGE_SIDE = 32, 64
+_TARGETS = {"time": {"lookahead": 1.45}, "peak": {"lookahead, offload": 1.2}}
 
 Walk = Callable[[nn.Module, Sequence[Tensor]], None]
 
@@ -44,20 +40,25 @@ def look_ahead(model: nn.Module, parts: Sequence[Tensor], offload: str | None = 
         del loss
 
 
-def look_ahead_on_host(model: nn.Module, parts: Sequence[Tensor]) -> None:
-    with patch("syncaccum.exact.lookahead.WaitingRoom", _OutsideRoom):
-        look_ahead(model, parts, offload="cpu")
+def offloaded(walk: Callable[[nn.Module, Sequence[Tensor], str], None]) -> Walk:
+    def run(model: nn.Module, parts: Sequence[Tensor]) -> None:
+        with parking_outside():
+            walk(model, parts, "cpu")
+
+    return run
 
 
-class _OutsideRoom(WaitingRoom):
-    """Takes CPU tensors for tensors on a device, and NumPy's memory for the host's."""
-
-    def _is_to_go(self, x: Tensor) -> bool:
-        return id(x) not in self._shared
-
-    def _make_room(self, x: Tensor) -> Tensor:
-        flat = torch.from_numpy(np.empty(x.numel(), dtype=np.float32))
-        return flat.as_strided(x.shape, x.stride())
+def make_walks() -> dict[str, tuple[Walk, nn.Module]]:
+    """Ways through a window, each with its model; the first is what the others are compared with."""
+    plain, converted = build_resnet18(), convert_sync_accum(build_resnet18())
+    return {
+        "nn.BatchNorm": (one_by_one, plain),
+        "window": (one_by_one, converted),
+        "lookahead": (look_ahead, converted),
+        "lookahead, offload": (offloaded(look_ahead), converted),
+        "lockstep": (side_by_side, converted),
+        "lockstep, offload": (offloaded(side_by_side), converted),
+    }
 
 
 def time_all(walks: dict[str, tuple[Walk, nn.Module]], parts: Sequence[Tensor]) -> dict[str, list[float]]:
@@ -72,86 +73,46 @@ def time_all(walks: dict[str, tuple[Walk, nn.Module]], parts: Sequence[Tensor]) 
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
-class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Live bytes of the tensors that operators make, in all threads of a lockstep: they take the mode along."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        # Operators in place, and views, return memory that there was.
-        there = {storage._cdata for storage in _storages((args, kwargs))}
-        for storage in _storages(result):
-            if storage._cdata not in there:
-                self._note(storage)
-        return result
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            weakref.finalize(storage, self._forget, key, size)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [tensor.untyped_storage() for tensor in tree_leaves(tree) if isinstance(tensor, Tensor)]
-
-
-def peak_bytes(walk: Walk, model: nn.Module, parts: Sequence[Tensor]) -> int:
-    """Above the start, with gradients of the parameters there already, as in a training after its first step."""
-    walk(model, parts)
-    with _Live() as live:
-        walk(model, parts)
-    _clear(model)
-    return int(live.peak)
+def measure_peaks(walks: dict[str, tuple[Walk, nn.Module]], parts: Sequence[Tensor]) -> dict[str, float]:
+    """MiB."""
+    peaks = {}
+    for name, (walk, model) in walks.items():
+        peaks[name] = peak_bytes(partial(walk, model, parts)) / 2**20
+        _clear(model)
+    return peaks
 
 
 def _clear(model: nn.Module) -> None:
     model.zero_grad(set_to_none=False)
-    if any(hasattr(module, "_accumulation") for module in model.modules()):
+    if any(isinstance(module, SyncAccumBatchNorm) for module in model.modules()):
         discard(model)
+
+
+def compare(what: str, values: Mapping[str, Sequence[float]], unit: str, parts: Sequence[Tensor]) -> list[Figure]:
+    """Each way's ratio to the first one's."""
+    (_, base), *others = values.items()
+    where = f"ResNet-18, {len(parts)} micro-batches of {'x'.join(map(str, parts[0].shape))}"
+    figures = []
+    for name, mine in others:
+        ratio = statistics.median(a / b for a, b in zip(mine, base, strict=True))
+        note = f"{statistics.median(mine):.4g} / {statistics.median(base):.4g} {unit}"
+        target = _TARGETS[what].get(name)
+        figures.append(Figure(f"{what} of {name} / nn.BatchNorm, {where}", ratio, target, note=note))
+    return figures
 
 
 def main() -> None:
     figures = []
-    plain, converted = build_resnet18(), convert_sync_accum(build_resnet18())
-    walks: dict[str, tuple[Walk, nn.Module]] = {
-        "ordinary": (one_by_one, plain),
-        "renorm": (one_by_one, converted),
-        "lookahead": (look_ahead, converted),
-        "lookahead, on the host": (look_ahead_on_host, converted),
-        "lockstep": (side_by_side, converted),
-    }
+    walks = make_walks()
     for micro_batch in MICRO_BATCHES:
         parts = torch.split(torch.randn(WINDOW, 1, SIDE, SIDE), micro_batch)
-        times = time_all(walks, parts)
-        for name in list(walks)[1:]:
-            ratio = statistics.median(a / b for a, b in zip(times[name], times["ordinary"], strict=True))
-            note = f"{statistics.median(times[name]) * 1e3:.0f} / {statistics.median(times['ordinary']) * 1e3:.0f} ms"
-            what = f"time of {name} / nn.BatchNorm, ResNet-18, {_describe(parts)}"
-            figures.append(Figure(what, ratio, 1.45 if name == "lookahead" else None, note=note))
+        times = {name: [1e3 * s for s in seconds] for name, seconds in time_all(walks, parts).items()}
+        figures += compare("time", times, "ms", parts)
         for side in (SIDE, LARGE_SIDE):
             parts = torch.split(torch.randn(WINDOW, 1, side, side), micro_batch)
-            peaks = {name: peak_bytes(walk, model, parts) for name, (walk, model) in walks.items()}
-            for name in list(walks)[1:]:
-                note = f"{peaks[name] / 2**20:.1f} / {peaks['ordinary'] / 2**20:.1f} MiB"
-                what = f"peak of {name} / nn.BatchNorm, ResNet-18, {_describe(parts)}"
-                target = 1.2 if name == "lookahead, on the host" else None
-                figures.append(Figure(what, peaks[name] / peaks["ordinary"], target, note=note))
+            peaks = {name: [peak] for name, peak in measure_peaks(walks, parts).items()}
+            figures += compare("peak", peaks, "MiB", parts)
     publish("lookahead_cost", figures)
-
-
-def _describe(parts: Sequence[Tensor]) -> str:
-    return f"{len(parts)} micro-batches of {'x'.join(map(str, parts[0].shape))}"
 
 
 if __name__ == "__main__":

@@ -190,7 +190,8 @@ export SYNCACCUM_IMAGE
 add_row '' '' 'build the image' passed "$((SECONDS - started))"
 
 torchrun=(launch/torchrun_multinode.sh -- --tee 3)
-tests=(-m pytest --exitfirst --quiet --no-header --tb short -o console_output_style=classic -p no:cacheprovider)
+tests=(-m pytest --exitfirst --quiet --no-header --tb short -o console_output_style=classic -p no:cacheprovider
+  -W ignore::pytest.PytestUnraisableExceptionWarning) # of a scandir that torch or pytest left open
 training=(launch/train.py --epochs 1 --output)
 for size in "${sizes[@]}"; do
   start_cluster "$size"

@@ -19,7 +19,13 @@ from launch.placement import Placement
 from launch.processes import from_every_rank, sum_over_ranks
 from launch.progress import Sums
 from launch.schedule import global_batches, micro_batches, rank_share
-from syncaccum import NonFiniteStatisticsError, commit_on_step, convert_sync_accum
+from syncaccum import (
+    NonFiniteStatisticsError,
+    commit_on_step,
+    convert_sync_accum,
+    load_window_state_dict,
+    window_state_dict,
+)
 from syncaccum.integrations import mpi
 
 
@@ -118,11 +124,12 @@ class Learner:
         return Sums(*sum_over_ranks([sums.loss, sums.correct, sums.images], self._placement, self._device))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on, between two steps, when windows are empty. Collective."""
+        """All that the next step depends on, between two steps. Collective."""
         return {
             "model": self._model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "rng": from_every_rank(self._rng_state(), self._placement),
+            "windows": from_every_rank(self._windows(), self._placement),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -130,6 +137,15 @@ class Learner:
         self._optimizer.load_state_dict(state["optimizer"])
         if len(state["rng"]) == self._placement.size:
             self._set_rng_state(state["rng"][self._placement.rank])
+        if self._arguments.normalization != "none":
+            # In the order of the ranks: to each its own, or dealt out.
+            windows = state["windows"]
+            shares = {name: torch.stack([own[name] for own in windows]) for name in windows[0]}
+            load_window_state_dict(self._model, shares)
+
+    def _windows(self) -> dict[str, Tensor]:
+        """Empty now; under policy "window" they know the windows before."""
+        return {} if self._arguments.normalization == "none" else window_state_dict(self._model)
 
     def _rng_state(self) -> dict[str, Tensor]:
         state = {"cpu": torch.get_rng_state()}

@@ -19,6 +19,7 @@ from syncaccum.window.join import join
 from syncaccum.window.recalibrate import recalibrate
 from syncaccum.window.saved import gather_window_state_dict, load_window_state_dict, window_state_dict
 from syncaccum.window.step_hook import commit_on_step
+from syncaccum.window.summary import summary
 
 __all__ = [
     "AccumulateBatchNorm",
@@ -43,6 +44,7 @@ __all__ = [
     "not_counted",
     "recalibrate",
     "revert_sync_accum",
+    "summary",
     "window_state_dict",
 ]
 __version__ = "0.1.0"

@@ -96,6 +96,13 @@ class Moments:
         return (self.total_sq / self.count - self.mean.square()).clamp_min(0)
 
 
+def drop_if_nonfinite(sums: Tensor) -> Tensor:
+    """The sums, or zeros if one of them is NaN or infinite. A GPU is not waited for."""
+    all_together = sums.sum()
+    # NaN less itself is NaN, and so is infinity's.
+    return torch.where(all_together - all_together == 0, sums, 0.0)
+
+
 def pack_statistics(n: Tensor | float, mean: Tensor, variance: Tensor) -> Tensor:
     """Packed :class:`Moments` of n values per channel, from their float64 mean and population variance."""
     # S1 = n m, and S2 = n (v + m^2).

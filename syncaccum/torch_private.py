@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -165,13 +165,29 @@ def set_join_settings(ddp: DistributedDataParallel, **settings: bool) -> None:
     ddp._join_config = ddp._join_config._replace(**settings)
 
 
-def saved_tensor_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+Hooks = tuple[Callable[..., Any], Callable[..., Any]]
+"""What packs a tensor that autograd saves, and what unpacks it."""
+
+
+def saved_tensor_hooks() -> Hooks | None:
     """The pack and unpack hooks that are in force in this thread."""
     # False: none while a compiler traces, as torch itself asks.
-    hooks: tuple[Callable[..., Any], Callable[..., Any]] | None = torch._C._autograd._top_saved_tensors_default_hooks(
-        False
-    )
+    hooks: Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks
+
+
+def all_saved_tensor_hooks() -> list[Hooks]:
+    """Those that are in force in this thread, and behind them those that they cover."""
+    found: list[Hooks] = []
+    try:
+        # torch shows the uppermost alone.
+        while (hooks := saved_tensor_hooks()) is not None:
+            found.append(hooks)
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+    finally:
+        for pack, unpack in reversed(found):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+    return found
 
 
 def function_modes() -> list[Any]:
@@ -182,6 +198,12 @@ def function_modes() -> list[Any]:
 def dispatch_modes() -> list[Any]:
     """The torch-dispatch modes of this thread, outermost first."""
     return list(dispatch._get_current_dispatch_mode_stack())
+
+
+def without_dispatch_modes() -> AbstractContextManager[Any]:
+    """A context in which they see no operators."""
+    # Without any there is nothing to do, and much to import.
+    return dispatch._disable_current_modes() if dispatch_modes() else nullcontext()
 
 
 def is_watched() -> bool:

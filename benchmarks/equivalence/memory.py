@@ -24,7 +24,7 @@ from benchmarks.equivalence.cases import Case
 _WARM_STEPS = 2  # allocate what stays: momentum, workspaces
 _LIMIT_S = 600  # ResNet-18 takes 20
 # Of glibc: all but the smallest blocks go back to the system when freed, and threads have no heaps of their own.
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Peak:
 def measure_peak(case: Case) -> Peak:
     """In a process of its own."""
     command = [sys.executable, "-m", "benchmarks.equivalence.memory", json.dumps(dataclasses.asdict(case))]
-    environment = {**os.environ, **_ALLOCATOR, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, timeout=_LIMIT_S)
     return Peak(case, int(done.stdout))
 
@@ -64,12 +64,12 @@ def _measure(case: Case) -> int:
     training.model.zero_grad()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _read_status("VmRSS")
+    before = read_status("VmRSS")
     training.step(_WARM_STEPS)
-    return _read_status("VmHWM") - before
+    return read_status("VmHWM") - before
 
 
-def _read_status(name: str) -> int:
+def read_status(name: str) -> int:
     """Bytes; the file has kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (value,) = (line.split()[1] for line in lines if line.startswith(f"{name}:"))

@@ -19,6 +19,7 @@ from launch.files import write_atomically
 _TASK = "segment"  # held out, and the case that people write about
 _LARGE, _SMALL = 15, 11.5  # points; a README shows the picture at about two thirds of its size
 _LABEL_HEIGHT = 0.1  # of the axes, with some air
+_LABEL_GAP = 0.02  # of the axes, from a point to its label
 _MIB = 2**20
 
 # Name and colour of each mode, of Okabe and Ito's; ours are blue and green.
@@ -89,7 +90,7 @@ def _find_setting(summaries: Sequence[Summary]) -> Group:
 
 
 def _draw_points(axes: Axes, points: Sequence[Point]) -> None:
-    """Points at the left may lie close together: their labels stand in a column, apart from each other."""
+    """Points at the left may lie close together: their labels stand at their right, apart from each other."""
     middle = max(point.mib for point in points) / 2
     lowest, highest = axes.get_ylim()
     free = -1.0
@@ -106,7 +107,8 @@ def _draw_points(axes: Axes, points: Sequence[Point]) -> None:
         free = max(free, (point.score - lowest) / (highest - lowest))
         line: dict[str, Any] = {"arrowstyle": "-", "color": colour, "alpha": 0.5}
         place: dict[str, Any] = {"textcoords": "axes fraction", "va": "center", "arrowprops": line}
-        axes.annotate(words, (point.mib, point.score), (0.2, free), **place, **text)
+        beside = point.mib / axes.get_xlim()[1] + _LABEL_GAP
+        axes.annotate(words, (point.mib, point.score), (beside, free), **place, **text)
         free += _LABEL_HEIGHT
 
 

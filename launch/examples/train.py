@@ -27,13 +27,11 @@ def main(epochs: int) -> None:
     if launched:
         dist.init_process_group("gloo")  # for GPUs: "nccl", and a device for each rank
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if launched else (0, 1)
-
     torch.manual_seed(0)
     digits = load_digits()
     shuffled = torch.randperm(len(digits.target))
     images = torch.tensor(digits.images[:, None], dtype=torch.float32)[shuffled] / 8 - 1
     classes = torch.tensor(digits.target)[shuffled]
-
     model = nn.Sequential(nn.Conv2d(1, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 36, 10))
     syncaccum.convert_sync_accum(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -43,6 +41,7 @@ def main(epochs: int) -> None:
         saved = torch.load(CHECKPOINT, weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+        syncaccum.load_window_state_dict(model, saved["windows"])  # on more or fewer ranks, too
         done = saved["epochs"]
     parallel = nn.parallel.DistributedDataParallel(model) if launched else model
 
@@ -57,9 +56,10 @@ def main(epochs: int) -> None:
                     (loss * ranks / len(batch)).backward()
             optimizer.step()  # commits the BatchNorm statistics, too
             optimizer.zero_grad()
+        windows = syncaccum.gather_window_state_dict(model)  # called by every rank; what the next window starts with
         if rank == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epoch + 1}
-            torch.save(state, CHECKPOINT + ".tmp")
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "windows": windows}
+            torch.save(state | {"epochs": epoch + 1}, CHECKPOINT + ".tmp")
             os.replace(CHECKPOINT + ".tmp", CHECKPOINT)  # a kill leaves the old one or the new one, whole
             print(f"epoch {epoch + 1} of {epochs}", flush=True)
 

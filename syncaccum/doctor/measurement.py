@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncaccum import LayoutMismatchError, SyncAccumBatchNorm, commit, convert_sync_accum, discard, window_state_dict
+from syncaccum import LayoutMismatchError, SyncAccumBatchNorm, commit, convert_sync_accum, discard
 from syncaccum.doctor.launcher import GRACE, within
 from syncaccum.doctor.rank import Rank
 from syncaccum.integrations import mpi
+from syncaccum.window.layers import tracking_layers
 
 TOLERANCE = 1e-10
 """Relative, of float64 sums of values whose mean and std are alike: rounding of 1e-16, over at most some 1e4 values."""
@@ -89,7 +90,7 @@ def _compare_layers(us: Rank, factory: str, timeout: float) -> None:
         if not any(isinstance(layer, SyncAccumBatchNorm) for layer in model.modules()):
             convert_sync_accum(model)
         discard(model)
-        widths = [len(window) // 2 for window in window_state_dict(model).values()]
+        widths = [layer.num_features for _, layer in tracking_layers(model)]
         us.layers = {"count": len(widths), "channels": sum(widths)}
     except Exception as error:  # whatever the user's code raises: the others wait below
         failed += 1

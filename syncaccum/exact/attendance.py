@@ -1,4 +1,4 @@
-"""Checks that the forward ran the model's layers, and ran them in lockstep only: else it is silently not exact."""
+"""Checks that the forward ran the model's layers, and ran them side by side only: else it is silently not exact."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ T = TypeVar("T")
 
 
 class Attendance:
-    """The layers of a model during one lockstep."""
+    """The layers of a model during one ``call``: lockstep, or lookahead's first pass."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, call: str) -> None:
+        self._call = call
         self._layers = named_layers(model)
         self._alone_before = self._count_alone()
         self._came = False
@@ -48,13 +49,13 @@ class Attendance:
             raise LockstepError(
                 f"no micro-batch came to a layer, although {waiting[0]}{more} normalise with the batch: forward calls "
                 "another model, or runs this one in another thread. Let it call the model that was passed to "
-                "lockstep; a forward without BatchNorm needs no lockstep"
+                f"{self._call}; a forward without BatchNorm needs no {self._call}"
             )
         # A window counts lockstep's micro-batches apart from others.
         for (name, _), before, now in zip(self._layers, self._alone_before, self._count_alone(), strict=True):
             if now != before:
                 raise LockstepError(
-                    f"layer {name} ran in another thread meanwhile, outside of lockstep, and normalised alone: let "
+                    f"layer {name} ran in another thread meanwhile, outside of {self._call}, and normalised alone: let "
                     "forward itself call the model, and discard(model)"
                 )
 

@@ -8,9 +8,10 @@ once, and one autograd node normalises them all with the statistics of the whole
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import CodeType, FrameType
 from typing import Any, TypeVar
 
 import torch.utils.checkpoint
@@ -19,15 +20,18 @@ from torch import Tensor, nn
 from syncaccum.errors import LockstepError
 from syncaccum.exact.attendance import Attendance, refuse_unfinished
 from syncaccum.exact.bystanders import Bystanders
+from syncaccum.exact.checkpoints import Checkpoints, has_checkpoint
 from syncaccum.exact.ddp import Wrappers
-from syncaccum.exact.meeting_point import MeetingPoint, Mode, make_arrival, normalize_side_by_side
+from syncaccum.exact.meeting_point import MeetingPoint, Mode, make_arrival
 from syncaccum.exact.offload import HostStore
 from syncaccum.exact.openmp import Teams
 from syncaccum.exact.parametrizations import SharedWeights
 from syncaccum.exact.process_state import Eager, run_under
+from syncaccum.exact.streams import Asides
 from syncaccum.exact.turns import Turns
 from syncaccum.layer import surroundings
 from syncaccum.layer.state import Accumulating
+from syncaccum.torch_private import without_dispatch_modes
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -67,17 +71,19 @@ def lockstep(
         What ``forward`` returned for each micro-batch, in order.
 
     Raises:
-        LockstepError: no micro-batches; a lockstep inside another, or inside ``join``; ``torch.utils.checkpoint``
-            around a layer; layers that differ between micro-batches or ranks; DistributedDataParallel that was not
-            passed as ``model``, or that a lockstep in another thread goes through; a forward that comes to no layer
-            of a model in training, or returns a generator or a coroutine; fewer threads to be had than needed.
+        LockstepError: no micro-batches; a lockstep inside another, inside ``join`` or under
+            ``torch.utils.checkpoint``; a reentrant checkpoint around a layer, or any around parametrized weights;
+            layers that differ between micro-batches or ranks; DistributedDataParallel that was not passed as
+            ``model``, or that a lockstep in another thread goes through; a forward that comes to no layer of a
+            model in training, or returns a generator or a coroutine; fewer threads to be had than needed.
         TooFewValuesError: one value per channel in the whole global batch; a ValueError.
         NoLayersError: the model has no SyncAccumBatchNorm.
         ValueError: ``offload`` is neither None nor ``"cpu"``.
         CommitError: a peer is gone or stuck, at the group's timeout.
         Whatever ``forward`` raises for one micro-batch, as it was, or a signal's handler, as KeyboardInterrupt; the
             others are cancelled and waited for, and no window changes.
-        The backward raises LockstepError and CommitError, too: it communicates. Windows have their sums by then.
+        The backward raises LockstepError and CommitError, too: it communicates, and second forwards of checkpoints
+            may differ from the first ones. Windows have their sums by then.
 
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), with the global batch as the batch.
 
@@ -97,9 +103,13 @@ def lockstep(
     """
     batches = list(micro_batches)
     refuse_call("lockstep", len(batches), offload)
+    _refuse_around()
+    checkpoints = Checkpoints()
+    mode = Mode("lockstep", checkpoints.meet, make_arrival, _refuse_reentrant, lambda index: None)
     with HostStore().hooks() if offload else nullcontext():
-        results, meeting = run_side_by_side(_LOCKSTEP, model, forward, batches)
+        results, meeting = run_side_by_side(mode, model, forward, batches)
     meeting.keep_statistics()
+    checkpoints.await_backward()
     return results
 
 
@@ -125,8 +135,9 @@ def run_side_by_side(
     wrappers = Wrappers(model, len(batches))
     weights = SharedWeights(model)
     bystanders = Bystanders(model)
-    attendance = Attendance(model)
+    attendance = Attendance(model, mode.call)
     teams = Teams(model, len(batches))
+    asides = Asides(model)
 
     def check_surroundings(layer: Accumulating, name: str) -> None:
         mode.check_layer(name)
@@ -143,7 +154,7 @@ def run_side_by_side(
     results: list[Any] = [None] * len(batches)
 
     def run(index: int) -> None:
-        here = surroundings.TakingPart(_Participant(index, mode, meeting, turns, teams))
+        here = surroundings.TakingPart(_Participant(index, mode, meeting, turns, teams, asides))
 
         def run_one() -> None:
             with weights.for_one():
@@ -156,7 +167,7 @@ def run_side_by_side(
         turns.run(run)
         wrappers.end()
 
-    run_under([teams, Eager(), weights, attendance, wrappers], run_all)
+    run_under([teams, Eager(), weights, attendance, asides, wrappers], run_all)
     # It ran well. Was it exact? Only then the windows may change.
     bystanders.end_turn()
     attendance.check(met=meeting.anyone_met)
@@ -173,26 +184,43 @@ class _Participant:
     meeting: MeetingPoint
     turns: Turns
     teams: Teams
+    asides: Asides
 
     def normalize(
         self, layer: Accumulating, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, counts: bool
     ) -> Tensor:
-        self.meeting.arrive(self.index, self.mode.make_arrival(layer, x, weight, bias, eps, counts))
+        arrival = self.mode.make_arrival(layer, x, weight, bias, eps, counts)
+        is_repeated = has_checkpoint(arrival.hooks)
+        # A selective one counts operators, to know them again.
+        with without_dispatch_modes() if is_repeated else nullcontext():
+            self.meeting.arrive(self.index, arrival)
+        del arrival  # the meeting alone holds it
         self.teams.release()
-        self.turns.give_way(self.index)
+        with self.asides.while_waiting() if is_repeated else nullcontext():
+            self.turns.give_way(self.index)
         return self.meeting.take_output(self.index)
 
 
-def _refuse_checkpoint(layer: str) -> None:
-    """Raise where a layer runs under checkpoint. Only the stack tells, so it is asked once for each meeting."""
-    frame = sys._getframe()
-    while frame.f_back is not None:
+def _refuse_around() -> None:
+    """Raise where lockstep itself runs under a checkpoint."""
+    if any(code.co_filename == torch.utils.checkpoint.__file__ for code in _codes_on_stack()):
+        raise LockstepError(
+            "lockstep runs under torch.utils.checkpoint, which would run all of it a second time: use checkpoints "
+            "inside of forward"
+        )
+
+
+def _refuse_reentrant(layer: str) -> None:
+    """Raise where a layer runs under such a checkpoint. Only the stack tells, so it is asked once for each meeting."""
+    if torch.utils.checkpoint.CheckpointFunction.forward.__code__ in _codes_on_stack():
+        raise LockstepError(
+            f"layer {layer} runs under torch.utils.checkpoint with use_reentrant=True, which walks each micro-batch "
+            "backward on its own: call checkpoint(..., use_reentrant=False)"
+        )
+
+
+def _codes_on_stack() -> Iterator[CodeType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame.f_code
         frame = frame.f_back
-        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
-            raise LockstepError(
-                f"layer {layer} runs under torch.utils.checkpoint, whose second forward would meet nobody: "
-                "switch checkpointing off inside lockstep, or use offload='cpu' to save memory"
-            )
-
-
-_LOCKSTEP = Mode("lockstep", normalize_side_by_side, make_arrival, _refuse_checkpoint, lambda index: None)

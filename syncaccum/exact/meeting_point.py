@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from syncaccum.layer.policies import Normalizer, ReduceSums
 from syncaccum.layer.state import Accumulating
 from syncaccum.moments import pack_statistics
 from syncaccum.ranks.groups import Group, resolve_group
+from syncaccum.torch_private import Hooks, all_saved_tensor_hooks
 from syncaccum.window.layers import named_layers
 
 
@@ -36,6 +39,8 @@ class Arrival:
     counts: bool
     measured: Measured | None = None
     """Mean and variance, where they were measured on arrival."""
+    hooks: Sequence[Hooks] = ()
+    """What saves for the backward in its thread, in place of autograd itself; behind it what that covers."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,28 @@ class Meeting:
     """From the moments of all ranks' micro-batches."""
     reduce_sums: ReduceSums | None
     """What a backward over all of them sums with; None where this process is alone."""
+    give_up: Callable[[], None]
+    """What a backward calls in place of ``reduce_sums`` to tell the other ranks that it fails. Collective."""
     vectors: Vectors | None = None
     """The normalizer with their weight and bias, where a kernel has made them."""
+
+    @property
+    def shares_parameters(self) -> bool:
+        """Whether all micro-batches have the same weight and bias, and not each its own."""
+        return _share_parameters(self.arrivals)
+
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether the node that normalises them is to be walked backward."""
+        first = self.arrivals[0]
+        parameters = (first.weight, first.bias) if self.shares_parameters else ()
+        return first.grad and any(
+            v is not None and v.requires_grad for v in (*(a.x for a in self.arrivals), *parameters)
+        )
+
+
+def _share_parameters(arrivals: Sequence[Arrival]) -> bool:
+    return all(a.weight is arrivals[0].weight and a.bias is arrivals[0].bias for a in arrivals)
 
 
 Normalize = Callable[[Meeting], Callable[[int], Tensor]]
@@ -169,22 +194,24 @@ class MeetingPoint:
         self._count(first, pack_statistics(count, mean, variance))
         # 1/n of all values: the feedback of the global batch.
         norm = Normalizer(center, torch.rsqrt(spread + first.eps), None, None, 1 / total)
-        return Meeting(name, arrivals, measured, total, norm, exchange.sums_of(visit))
+        return Meeting(
+            name, arrivals, measured, total, norm, exchange.sums_of(visit), partial(exchange.give_up, visit.number)
+        )
 
     def _meet_alone(
         self, name: str, arrivals: Sequence[Arrival], measured: Sequence[Measured], exchange: Exchange
     ) -> Meeting | None:
         """A meeting that one kernel on a GPU prepares; None where it cannot."""
         first = arrivals[0]
-        if not (exchange.is_alone and share_parameters(arrivals)):
+        if not (exchange.is_alone and _share_parameters(arrivals)):
             return None
         if (merged := fused.merge(measured, first.weight, first.bias, first.eps)) is None:
             return None
         packed, vectors = merged
         count = sum(part.n for part in measured)
-        exchange.visit_alone(name, count)
+        give_up = partial(exchange.give_up, exchange.visit_alone(name, count).number)
         self._count(first, packed)
-        return Meeting(name, arrivals, measured, count, vectors.norm, None, vectors)
+        return Meeting(name, arrivals, measured, count, vectors.norm, None, give_up, vectors)
 
     def _count(self, arrival: Arrival, sums: Tensor) -> None:
         if arrival.counts:
@@ -203,30 +230,34 @@ def make_arrival(
     layer: Accumulating, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, counts: bool
 ) -> Arrival:
     """An arrival. Made in the thread of its micro-batch, which alone knows whether gradients are wanted."""
-    return Arrival(layer, make_dense(x), weight, bias, eps, torch.is_grad_enabled(), counts)
-
-
-def share_parameters(arrivals: Sequence[Arrival]) -> bool:
-    """Whether all have the same weight and bias, and not each its own."""
-    return all(a.weight is arrivals[0].weight and a.bias is arrivals[0].bias for a in arrivals)
+    grad, hooks = torch.is_grad_enabled(), all_saved_tensor_hooks()
+    return Arrival(layer, make_dense(x), weight, bias, eps, grad, counts, hooks=hooks)
 
 
 def normalize_side_by_side(meeting: Meeting) -> Callable[[int], Tensor]:
     """One autograd node for all micro-batches of the rank, whose backward takes their sums together."""
-    arrivals, first = meeting.arrivals, meeting.arrivals[0]
-    xs = [a.x for a in arrivals]
-    if share_parameters(arrivals):
-        together = xs, meeting.measured, first.weight, first.bias, meeting.norm, meeting.reduce_sums, meeting.vectors
-        return normalize_together(*together).__getitem__
-    # Each has parameters of its own: apply them one by one.
-    plain = normalize_together(xs, meeting.measured, None, None, meeting.norm, meeting.reduce_sums)
-    return [_apply_parameters(y, a) for y, a in zip(plain, arrivals, strict=True)].__getitem__
+    arrivals: list[Any] = list(meeting.arrivals)
+    xs, first = [a.x for a in arrivals], arrivals[0]
+    weight, bias = (first.weight, first.bias) if meeting.shares_parameters else (None, None)
+    together = xs, meeting.measured, weight, bias, meeting.norm, meeting.reduce_sums, meeting.vectors
+    outputs: list[Any] = list(normalize_together(*together))
+    shares = meeting.shares_parameters
+
+    def take(index: int) -> Tensor:
+        # Kept no longer than they are needed.
+        y, outputs[index] = outputs[index], None
+        arrival, arrivals[index] = arrivals[index], None
+        # In the micro-batch's own thread, where its checkpoint sees it.
+        return y if shares else apply_parameters(y, arrival.weight, arrival.bias)
+
+    return take
 
 
-def _apply_parameters(y: Tensor, arrival: Arrival) -> Tensor:
+def apply_parameters(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Apply a weight and bias that one micro-batch has for itself. A subclass may compute them from its data."""
-    if arrival.weight is not None:
-        y = y * per_channel(arrival.weight, y)
-    if arrival.bias is not None:
-        y = y + per_channel(arrival.bias, y)
-    return y.to(arrival.x.dtype)
+    z = y
+    if weight is not None:
+        z = z * per_channel(weight, z)
+    if bias is not None:
+        z = z + per_channel(bias, z)
+    return z.to(y.dtype)

@@ -6,13 +6,16 @@ That is what autograd saves for the backward, and in the first pass of a lookahe
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from syncaccum.torch_private import version_of
 
 
 @dataclass(eq=False)
@@ -49,10 +52,12 @@ class HostStore:
 
     Parameters stay where they are, because they live on the device anyway. Copies are queued on the current stream, so
     the device's memory is given up and taken again in order. Pinned host memory lets the host go on meanwhile.
+    Nodes that save the same tensor share its copy there.
     """
 
     def __init__(self) -> None:
         self._last: weakref.ref[Parked] | None = None
+        self._parked: weakref.WeakValueDictionary[Hashable, Parked] = weakref.WeakValueDictionary()
 
     def hooks(self) -> AbstractContextManager[Any]:
         """A context in which autograd saves into the store."""
@@ -61,9 +66,10 @@ class HostStore:
     def _pack(self, tensor: Tensor) -> Tensor | Parked:
         if tensor.device.type == "cpu" or (tensor.is_leaf and tensor.requires_grad):
             return tensor
-        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        host.copy_(tensor, non_blocking=True)
-        parked = Parked(host, tensor.device, self._last)
+        values = _identify(tensor)
+        same = self._parked.get(values)
+        parked = Parked(_copy_to_host(tensor) if same is None else same.host, tensor.device, self._last)
+        self._parked[values] = parked
         self._last = weakref.ref(parked)
         return parked
 
@@ -76,6 +82,20 @@ class HostStore:
         if following is not None and following.walks < packed.walks:
             following.begin_return()
         return tensor
+
+
+def _identify(tensor: Tensor) -> Hashable:
+    """Equal for tensors that are one in memory, and were not written to in between."""
+    if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
+        return object()  # its values are not simply those in its memory
+    # While the key lives, no other storage takes this one's place.
+    storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, version_of(tensor)
+
+
+def _copy_to_host(tensor: Tensor) -> Tensor:
+    host: Tensor = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True)
 
 
 class WaitingRoom:

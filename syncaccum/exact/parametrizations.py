@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from syncaccum.errors import LockstepError
+from syncaccum.exact.checkpoints import has_checkpoint
 from syncaccum.exact.process_state import Action, SharedSetting
+from syncaccum.torch_private import all_saved_tensor_hooks
 
 
 class SharedWeights:
@@ -47,6 +49,11 @@ class SharedWeights:
 
     def value(self, weights: ParametrizationList, number: int) -> Tensor:
         """What evaluation ``number`` of each micro-batch gives."""
+        if has_checkpoint(all_saved_tensor_hooks()):
+            raise LockstepError(
+                f"the weight {self._names[weights]} is computed under torch.utils.checkpoint, which would compute it "
+                "again for each micro-batch: keep modules with parametrizations outside of checkpoints"
+            )
         values = self._values[weights]
         # The first micro-batch to ask computes, the others take.
         if number == len(values):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
@@ -41,6 +42,20 @@ def run_under(settings: Sequence[Setting], function: Callable[[], R]) -> R:
         raise
 
 
+def set_while_alive(setting: Setting, owner: object) -> None:
+    """Make a setting, and take it back when nothing holds the owner any more."""
+    weakref.finalize(owner, _leave_surely, setting).atexit = False
+    setting.enter()
+
+
+def _leave_surely(setting: Setting) -> None:
+    try:
+        setting.leave()
+    except BaseException:
+        setting.leave()
+        raise
+
+
 def _leave(settings: Sequence[Setting]) -> None:
     for setting in reversed(settings):
         setting.leave()
@@ -55,7 +70,8 @@ class SharedSetting:
 
     def __init__(self, prepare: Callable[[], tuple[Action, Action]]) -> None:
         self._prepare = prepare
-        self._lock = threading.Lock()
+        # Reentrant: a user may be collected, and leave, at any line in here.
+        self._lock = threading.RLock()
         self._users: set[object] = set()
         self._undo: Action | None = None
 

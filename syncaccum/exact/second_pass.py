@@ -11,7 +11,7 @@ from torch import Tensor
 from syncaccum.errors import CommitError, LockstepError
 from syncaccum.exact.books import Account
 from syncaccum.exact.exchange import Exchange
-from syncaccum.exact.known import KnownVisit
+from syncaccum.exact.known import KnownVisit, find_again
 from syncaccum.layer.samples import distance
 from syncaccum.layer.state import Accumulating
 from syncaccum.torch_private import runs_in_backward
@@ -124,6 +124,10 @@ class SecondPass:
         self._wanted += y.requires_grad
         return y
 
+    def is_repeated_now(self) -> bool:
+        """Yes: of lookaheads one runs at a time, and every second forward is taken for one of its."""
+        return True
+
     def _go_on(self, layer: Accumulating, x: Tensor) -> int:
         number = self._position
         if number == len(self._visits) or self._visits[number].layer is not layer:
@@ -144,12 +148,10 @@ class SecondPass:
         return number
 
     def _find_again(self, layer: Accumulating, x: Tensor) -> int:
-        """The visit that a checkpoint repeats: of several, the one whose values these are."""
-        numbers = [number for number, visit in enumerate(self._visits) if visit.layer is layer]
-        distances = torch.stack([distance(x, self._visits[number].samples[self.index]) for number in numbers])
-        number = numbers[0] if len(numbers) == 1 else numbers[int(distances.argmin())]
+        """The visit that a checkpoint repeats."""
+        number, drift = find_again(self._visits, layer, x, self.index)
         # It may repeat another forward than ours.
-        self._drift[number] = torch.maximum(self._drift[number], distances.min())
+        self._drift[number] = torch.maximum(self._drift[number], drift)
         return number
 
     def _find_drifted(self) -> KnownVisit | None:

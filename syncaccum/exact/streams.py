@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +68,48 @@ class Streams:
     def _set(self, states: list[Any]) -> None:
         for source, state in zip(self._sources, states, strict=True):
             source.set(state)
+
+
+class Asides:
+    """Torch's generators, put aside while a micro-batch waits at a meeting inside of a checkpoint.
+
+    Its second forward draws at one go what the first one draws with meetings in between. So it goes on where it
+    stopped. Those that run meanwhile draw other numbers, and so do those who draw after the lockstep.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._sources = list(_device_sources(model))
+        self._seeds: random.Random | None = None
+        self._seed_after = 0
+
+    def enter(self) -> None:
+        """Nothing, until one waits."""
+
+    @contextmanager
+    def while_waiting(self) -> Iterator[None]:
+        """New streams; in the end, those that were here go on."""
+        states = [source.get() for source in self._sources]
+        if self._seeds is None:
+            # From what torch.manual_seed() sets, and no draw from it:
+            # the second forward would not repeat that.
+            self._seeds = random.Random(bytes(torch.default_generator.get_state().tolist()))
+            self._seed_after = self._seeds.getrandbits(63)
+        self._seed(self._seeds.getrandbits(63))
+        yield
+        for source, state in zip(self._sources, states, strict=True):
+            source.set(state)
+
+    def leave(self) -> None:
+        """Begin streams that depend on how the first one was alone, and not on who came how far. May be called twice.
+
+        Ranks with unequal numbers of micro-batches stay in step, if nothing was drawn.
+        """
+        if self._seeds is not None:
+            self._seed(self._seed_after)
+
+    def _seed(self, seed: int) -> None:
+        for source in self._sources:
+            source.seed(seed)
 
 
 def _process_sources() -> Iterator[_Source]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Literal
 
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from syncaccum.errors import NoLayersError
 from syncaccum.integrations.lightning_windows import WholeWindows
 from syncaccum.integrations.parts import commit_parts_on_steps
 from syncaccum.layer.convert import convert_sync_accum
@@ -95,7 +97,7 @@ class SyncAccumCallback(Callback):  # type: ignore[misc] # not installed where t
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start with the checkpoint's windows, or empty ones, and hook the optimizers."""
-        # lr_find leaves windows open, and so does a fit that failed.
+        # A fit that failed has left windows open.
         discard(pl_module)
         if self._loaded is not None:
             load_window_state_dict(pl_module, self._loaded)
@@ -107,7 +109,9 @@ class SyncAccumCallback(Callback):  # type: ignore[misc] # not installed where t
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Put the open windows of all ranks in. Collective: Lightning calls it on each."""
-        checkpoint[_KEY] = gather_window_state_dict(pl_module)
+        # A model that was only tested is not converted.
+        with suppress(NoLayersError):
+            checkpoint[_KEY] = gather_window_state_dict(pl_module)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep the windows until training starts: the strategy may still move the model."""
@@ -118,9 +122,7 @@ class SyncAccumCallback(Callback):  # type: ignore[misc] # not installed where t
         self._let_go()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Commit no more. Windows stay, because a checkpoint may still be saved; but not those of ``lr_find``."""
-        if stage == "fit" and not self._handles:
-            discard(pl_module)
+        """Commit no more. Windows stay: a checkpoint may still be saved."""
         self._let_go()
 
     def _let_go(self) -> None:

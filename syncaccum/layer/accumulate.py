@@ -97,11 +97,13 @@ def _add(state: Accumulation, sums: Tensor) -> None:
 
 
 def bring_window_home(state: Accumulation, device: torch.device) -> None:
-    """Have the open window on the device of the data."""
+    """Have the open window, and what goes with it, on the device of the data."""
     # Some tools move a layer without _apply: follow the data.
     # An inference tensor refuses to be added to.
     if state.window.device != device or state.window.is_inference():
         state.window = bring_home(state.window, device)
+        if state.ledger is not None:
+            state.ledger.follow(lambda books: bring_home(books, device))
 
 
 def _refuse_vmap(layer: Accumulating, sums: Tensor) -> None:

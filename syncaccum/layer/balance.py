@@ -13,7 +13,11 @@ This file is arithmetic on sums per channel. It knows no layers, no data and no 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
+
+from syncaccum.moments import drop_if_nonfinite
 
 # The last micro-batches would pay all that is left, however few they are.
 # Without a floor training is unstable at one sample each.
@@ -32,10 +36,34 @@ def spread(debt: Tensor, n: float, done: float, total: float, least: float = 0.0
         n, done, total: values per channel in this micro-batch, in those before it, and N of the whole window.
         least: the values that pay are taken for no fewer than so many.
     """
-    return debt / payers(n, done, total, least)
+    return debt / count_payers(n, done, total, least)
 
 
-def payers(n: float, done: float, total: float, least: float = 0.0) -> float:
-    """How many values are taken to pay, see `spread`."""
+def count_payers(n: float, done: float, total: float, least: float) -> float:
+    """How many values pay; for the arguments see `spread`."""
     # n: all of it, where a window is longer than expected.
     return max(total - done, _FLOOR * total, least, n)
+
+
+class Due(NamedTuple):
+    """What a micro-batch is to pay, before the sums of its backward are known: an equal part of all that is owed."""
+
+    owed: Tensor | None
+    """By those before it, of the same window; None if it pays for itself alone."""
+    payers: Tensor | float
+    """How many values pay that, and what it owes itself."""
+    share: float = 0.0
+    """What part of it the books take off for this micro-batch."""
+
+    def feedback(self, sums: Tensor) -> Tensor:
+        """A and B, what each of its values pays, for its sums of dy and dy*x_hat, in one vector."""
+        debt = sums if self.owed is None else sums + self.owed.to(sums.device)
+        return debt / self.payers
+
+    def close(self, owed: Tensor, sums: Tensor) -> Tensor:
+        """What the window owes afterwards, if it owes so much now."""
+        left = owed.add(sums.to(owed.device), alpha=1 - self.share)
+        if self.owed is not None and self.share:
+            left.sub_(self.owed, alpha=self.share)
+        # Infinite gradients, as under a scaler, spoil no later ones.
+        return drop_if_nonfinite(left)

@@ -46,10 +46,11 @@ class SyncAccumBatchNorm(Accumulating):
             None for the default group if one is initialised at commit time, else this process alone.
         normalization: what a training forward normalises with.
 
+            - ``"window"`` (default): this window's micro-batches so far, with the windows before counted as 1 to 16
+              samples; each micro-batch's backward pays what the window owes so far (balanced feedback). Trains from
+              scratch, down to one value per channel.
             - ``"renorm"``: the committed statistics, approached from the micro-batch's own; the gradient flows
-              through the latter. Trains from scratch, down to one value per channel.
-            - ``"window"``: this window's micro-batches so far, with the last window counted as 16 samples; each
-              micro-batch's backward pays what the window owes so far (balanced feedback).
+              through the latter. Trains from scratch, too, further from the large batch.
             - ``"batch"``: the micro-batch's own, exactly nn.BatchNorm's training forward.
             - ``"running"``: the committed statistics, held constant; for fine-tuning at small learning rates.
         r_max, d_max, prior_count: of ``"renorm"``: the clips of scale (>= 1) and shift (>= 0), and how many
@@ -64,8 +65,8 @@ class SyncAccumBatchNorm(Accumulating):
     Raises:
         ValueError: at construction for an argument out of range; in forward for an input of another rank, width
             or dtype, or under ``"batch"`` for one value per channel, as nn.BatchNorm.
-        RuntimeError: in a training forward under ``torch.vmap``, and in a checkpoint's second forward if the running
-            statistics have changed since the first.
+        RuntimeError: in a training forward under ``torch.vmap``, and in a checkpoint's second forward if what the first
+            one used is not known any more.
 
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167); for ``"renorm"`` Ioffe 2017 (arXiv:1702.03275).
 

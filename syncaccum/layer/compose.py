@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from syncaccum.layer.memory_order import per_channel
-from syncaccum.layer.policies import Policy
+from syncaccum.layer.policies import Normalizer, Policy
 from syncaccum.moments import pack_statistics
 
 
@@ -52,34 +53,41 @@ def differentiable_gradients(
 ) -> list[Tensor | None]:
     """The gradients of x, weight and bias that are needed, such that they can be differentiated again."""
     y, _ = compose(x, weight, bias, policy)
-    inputs = [t for t, wanted in zip((x, weight, bias), needed, strict=True) if wanted and t is not None]
+    # What needs a gradient is there.
+    inputs = [cast(Tensor, tensor) for tensor, wanted in zip((x, weight, bias), needed, strict=True) if wanted]
     found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
     return [next(found) if wanted else None for wanted in needed]
+
+
+def balanced_gradients(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: Normalizer,
+    take_back: Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]],
+    dy: Tensor,
+) -> list[Tensor | None]:
+    """Those of policy "window", differentiable in dy, x and weight. Statistics, A and B are constants."""
+    dims = [d for d in range(x.dim()) if d != 1]
+    dy_wide = dy.to(norm.center.dtype)
+    x_hat = (x.to(norm.center.dtype) - per_channel(norm.center, x)) * per_channel(norm.scale, x)
+    dbias, dweight = dy_wide.sum(dims), (dy_wide * x_hat).sum(dims)
+    a, b = (per_channel(s.to(x_hat.dtype), x) for s in take_back((dbias.detach(), dweight.detach())))
+    dx = (dy_wide - a - x_hat * b) * per_channel(norm.slope(weight), x)
+    of_weight = None if weight is None else dweight.to(weight.dtype)
+    of_bias = None if bias is None else dbias.to(bias.dtype)
+    return [dx.to(x.dtype), of_weight, of_bias]
 
 
 def composed_gradients(ctx, dy, *others):  # type: ignore[no-untyped-def]
     """Gradients of `passes` that can be differentiated again (``create_graph=True``)."""
     if ctx.policy is None:
         raise RuntimeError("lockstep does not support create_graph=True: take gradients of gradients without it")
-    if ctx.reduce_sums is not None:
-        return _balanced_gradients(ctx, dy)  # type: ignore[no-untyped-call]
     weight, bias, x = ctx.saved_tensors
     _, _, needs_weight, needs_bias, _, _, needs_x = ctx.needs_input_grad
     needed = (needs_x, needs_weight, needs_bias)
-    dx, dweight, dbias = differentiable_gradients(x, weight, bias, ctx.policy, needed, dy)
+    if ctx.reduce_sums is not None:
+        dx, dweight, dbias = balanced_gradients(x, weight, bias, ctx.norm, ctx.reduce_sums, dy)
+    else:
+        dx, dweight, dbias = differentiable_gradients(x, weight, bias, ctx.policy, needed, dy)
     return None, None, dweight, dbias, None, None, dx
-
-
-def _balanced_gradients(ctx, dy):  # type: ignore[no-untyped-def]
-    """Those of policy "window", differentiable in dy, x and weight. Statistics, A and B are constants."""
-    weight, bias, x = ctx.saved_tensors
-    dims = [d for d in range(x.dim()) if d != 1]
-    norm = ctx.norm
-    dy_wide = dy.to(norm.center.dtype)
-    x_hat = (x.to(norm.center.dtype) - per_channel(norm.center, x)) * per_channel(norm.scale, x)
-    dbias, dweight = dy_wide.sum(dims), (dy_wide * x_hat).sum(dims)
-    a, b = (per_channel(s.to(x_hat.dtype), x) for s in ctx.reduce_sums((dbias.detach(), dweight.detach())))
-    dx = (dy_wide - a - x_hat * b) * per_channel(norm.slope(weight), x)
-    dweight = None if weight is None else dweight.to(weight.dtype)
-    dbias = None if bias is None else dbias.to(bias.dtype)
-    return None, None, dweight, dbias, None, None, dx.to(x.dtype)

@@ -42,16 +42,21 @@ def load_kernels() -> Any:
         return None
 
 
+def are_in_use() -> bool:
+    """Whether there are kernels, and all could be started so far."""
+    return not _is_broken and load_kernels() is not None
+
+
 def takes(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels take a dense tensor, and what comes with it."""
-    if _is_broken or not is_on_cuda(x) or x.numel() == 0 or load_kernels() is None:
+    if not is_on_cuda(x) or x.numel() == 0 or not are_in_use():
         return False
     return all(t is None or (t.dtype in _DTYPES and t.device == x.device and t.is_contiguous()) for t in others)
 
 
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Policy) -> tuple[Tensor, Tensor] | None:
     """What `passes.normalize` returns for a dense tensor; None where the kernels do not take it."""
-    if not takes(x, weight, bias) or (recipe := find_recipe(policy, x)) is None:
+    if not takes(x, weight, bias) or (recipe := find_recipe(policy, x, None)) is None:
         return None
     if not takes(x, recipe.mean, recipe.variance):
         return None

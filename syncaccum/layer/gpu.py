@@ -67,7 +67,7 @@ class _Normalize(torch.autograd.Function):
         # x is mostly held anyway; x_hat would be one more.
         ctx.save_for_backward(weight, bias, *xs)
         ctx.vectors, ctx.norm, ctx.reduce_sums, ctx.policy = vectors, vectors.norm, reduce_sums, policy
-        return tuple(_apply(x, vectors) for x in xs)
+        return tuple(apply(x, vectors) for x in xs)
 
     @staticmethod
     def backward(ctx, *dys):  # type: ignore[no-untyped-def]
@@ -87,7 +87,8 @@ class _Normalize(torch.autograd.Function):
         return None, None, dweight, dbias, None, None, *dxs
 
 
-def _apply(x: Tensor, vectors: Vectors) -> Tensor:
+def apply(x: Tensor, vectors: Vectors) -> Tensor:
+    """The output of a dense micro-batch, without a graph."""
     y = torch.empty_like(x)
     if x.numel() > 0:
         center = vectors.norm.center

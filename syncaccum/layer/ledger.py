@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from syncaccum.layer.balance import payers
+from syncaccum.layer.balance import Due, count_payers
 from syncaccum.layer.following import follow
 from syncaccum.layer.replay import Record, Records
 
@@ -27,22 +27,10 @@ _LEAST = 4
 _ledgers: weakref.WeakValueDictionary[int, Ledger] = weakref.WeakValueDictionary()
 _keys = itertools.count()
 
-Paid = TypeVar("Paid", covariant=True)
+Paid = TypeVar("Paid")
 
-
-class Pay(Protocol[Paid]):
-    """The arithmetic of one payment."""
-
-    def __call__(self, owed: Tensor, payers: float, n: int, *, again: bool) -> tuple[Paid, Tensor]:
-        """What each value pays, and what is owed then.
-
-        Args:
-            owed: before.
-            payers: how many values are taken to pay.
-            n: how many pay it now; 0 where nothing is taken off.
-            again: whether this micro-batch has paid before, so that it pays for its own sums alone.
-        """
-
+Pay = Callable[[Due, Tensor], tuple[Paid, Tensor]]
+"""From what is due, and what the window owes, to what each value pays, and what the window owes then."""
 
 _books = threading.Lock()
 """Backward walks may run in several threads: those of several devices, or of DataParallel's replicas."""
@@ -113,8 +101,7 @@ class Ledger:
     def forget(self) -> None:
         """Know of no window before."""
         self.prior.zero_()
-        self.squares.zero_()
-        self._turn(torch.zeros_like(self.owed), expected=0.0, knows_prior=False)
+        vars(self).update(self.emptied() | {"expected": 0.0, "knows_prior": False})
 
     def discard(self) -> None:
         """Drop what the open window owes and has seen. It is expected to be as long as it was expected to be."""
@@ -144,11 +131,15 @@ class Ledger:
     def pack(self) -> dict[str, Tensor]:
         """All of it as additive sums, each as long as a window: those of several ranks may be added."""
         self.settle()
-        zero = self.prior.new_zeros(())
-        last = self.prior / self.prior[0] if self.knows_prior else torch.zeros_like(self.prior)
-        owed = torch.cat((self.prior[:1], self.owed))
-        squares = torch.cat((zero[None] + self.samples, self.squares, torch.zeros_like(self.squares)))
-        counts = torch.zeros_like(last)
+        last, owed, squares, counts = (torch.zeros_like(self.prior) for _ in PACKED)
+        # The first of each is a whole number, as a window's count is.
+        # So what the prior is worth stands elsewhere.
+        if self.knows_prior:
+            last.copy_(self.prior)[0] = 1.0
+            squares[-1] = self.prior[0]
+        owed[1:] = self.owed
+        squares[0] = self.samples
+        squares[1 : 1 + self.squares.numel()] = self.squares
         counts[:3] = counts.new_tensor([self.expected, self.done, self.micro_batches])
         return dict(zip(PACKED, (last, owed, squares, counts), strict=True))
 
@@ -156,29 +147,32 @@ class Ledger:
         """Be as `pack` said; each of so many ranks takes an equal part of what they saw and owe together."""
         last, owed, squares, counts = (state[name].detach().to(self.prior.device) for name in PACKED)
         expected, done, micro_batches = (counts[:3] / ranks).tolist()
-        knew = last[0].clamp_min(1)
-        self.prior.copy_(last / knew * (owed[0] / knew))
-        self.squares.copy_(squares[1:].chunk(2)[0] / ranks)
-        self._turn(
-            owed[1:] / ranks,
-            expected=expected,
-            done=done,
-            samples=squares[0].item() / ranks,
-            micro_batches=micro_batches,
-            knows_prior=bool(last[0] > 0),
+        # The mean over those that knew one: its sums and its worth.
+        self.prior.copy_(torch.cat((squares[-1:], last[1:])) / last[0].clamp_min(1))
+        vars(self).update(
+            self.emptied()
+            | {
+                "owed": owed[1:] / ranks,
+                "squares": squares[1 : 1 + self.squares.numel()] / ranks,
+                "expected": expected,
+                "done": done,
+                "samples": squares[0].item() / ranks,
+                "micro_batches": micro_batches,
+                "knows_prior": bool(last[0] > 0),
+            }
         )
 
     def recall(self, own: Tensor, name: str) -> Record:
         """What the first forward of a micro-batch used, whose second one a checkpoint runs.
 
         Raises:
-            RuntimeError: this window has had no such forward.
+            RuntimeError: there was no such forward, or nothing holds its record any more.
         """
-        if (record := self.records.find(own, self.number)) is None:
+        if (record := self.records.find(own)) is None:
             raise RuntimeError(
-                f"torch.utils.checkpoint runs the forward of layer {name} again, but this window has had no such "
-                "forward: its window was committed or discarded since, or its data is not the same as the first time. "
-                'Call backward() before commit, or use normalization="batch"'
+                f"torch.utils.checkpoint runs the forward of layer {name} again, but there was no such forward: its "
+                "data is not the same as the first time, or a window has ended and the next one has begun since. Call "
+                'backward() before commit, pass use_reentrant=False, or use normalization="batch"'
             )
         return record
 
@@ -191,40 +185,59 @@ class Ledger:
             of_sample: values per channel in each.
             record: what its forward used.
         """
-
-        def pay(owed: Tensor, payers: float, n: int, *, again: bool) -> tuple[Tensor, Tensor]:
-            total = batch + owed.to(batch.device)
-            feedback = (batch if again else total) / payers
-            return feedback, total.sub(feedback, alpha=n) if n else total
-
-        feedback = self.pay(samples, of_sample, record, pay)
-        if feedback is None:
-            # No books: its own share, as if the others were constants.
-            feedback = batch / (record.others[0] + samples * of_sample)
-        return feedback
+        with _books:
+            due = self._ask(samples * of_sample, of_sample, record)
+            self._book(due, batch, samples * of_sample, record)
+        return due.feedback(batch)
 
     def pay(self, samples: int, of_sample: int, record: Record, pay: Pay[Paid]) -> Paid | None:
-        """Book what a micro-batch pays; None if it does not count, or its window is over.
-
-        Args:
-            pay: the arithmetic.
-        """
+        """`take_back` with an arithmetic of its own; None if the micro-batch does not count, or its window is over."""
         n = samples * of_sample
         with _books:
-            if not record.counts or record.number != self.number:
+            if not self._is_booked(record):
                 return None
-            self._settle()
-            done = self.paid_at.get(record.forward)
-            # Walked again: its sums come to those of the first walk.
-            before = self.done if done is None else done
-            # Nobody knows how long the first window will be: the mean of what came, and nothing is taken off.
-            known = bool(self.expected)
-            payers_ = payers(n, before, self.expected, _LEAST * of_sample) if known else before + n + of_sample
-            feedback, owed = pay(self.owed, payers_, n if known else 0, again=done is not None)
-            self.paid_at[record.forward] = before
-            # One call: a signal comes before or after it.
-            vars(self).update(owed=owed.to(self.owed.device), done=self.done + n if done is None else self.done)
-            return feedback
+            due = self._ask(n, of_sample, record)
+            paid, owed = pay(due, self.owed)
+            self._close(due, owed, n, record)
+            return paid
+
+    def ask(self, samples: int, of_sample: int, record: Record) -> Due:
+        """`take_back` before the sums are known. `book` follows."""
+        with _books:
+            return self._ask(samples * of_sample, of_sample, record)
+
+    def book(self, due: Due, batch: Tensor, n: int, record: Record) -> None:
+        """A micro-batch of n values and these sums has paid what was due."""
+        with _books:
+            self._book(due, batch, n, record)
+
+    def _ask(self, n: int, of_sample: int, record: Record) -> Due:
+        if not self._is_booked(record):
+            # No books: its own share, as if the others were constants.
+            return Due(None, record.others[0] + n)
+        self._settle()
+        paid_at = self.paid_at.get(record.forward)
+        # Walked again: its sums come to those of the first walk.
+        owed, before = (self.owed, self.done) if paid_at is None else (None, paid_at)
+        if self.expected:
+            payers = count_payers(n, before, self.expected, _LEAST * of_sample)
+            return Due(owed, payers, n / payers)
+        # Nobody knows how long it will be: the mean of what came.
+        return Due(owed, before + n + of_sample)
+
+    def _book(self, due: Due, batch: Tensor, n: int, record: Record) -> None:
+        if self._is_booked(record):
+            self._close(due, due.close(self.owed, batch), n, record)
+
+    def _close(self, due: Due, owed: Tensor, n: int, record: Record) -> None:
+        is_first = due.owed is not None
+        if is_first:
+            self.paid_at[record.forward] = self.done
+        # One call: a signal comes before or after it.
+        vars(self).update(owed=owed.to(self.owed.device), done=self.done + n if is_first else self.done)
+
+    def _is_booked(self, record: Record) -> bool:
+        return record.counts and record.number == self.number
 
     def settle(self) -> None:
         """Close the books of a window that is over, if no backward has done so."""
@@ -243,11 +256,11 @@ class Ledger:
             paid_at={},
         )
 
-    def _turn(self, owed: Tensor, **changes: Any) -> None:
-        """Go on with other books. Graphs from before find their window over."""
+    def emptied(self) -> dict[str, Any]:
+        """Its attributes with an empty window and empty books. Graphs from before find their window over."""
+        zeros = {"owed": torch.zeros_like(self.owed), "squares": torch.zeros_like(self.squares)}
         number = self.number + 1
-        vars(self).update(NEW_WINDOW | {"owed": owed, "done": 0.0, "number": number, "booked": number} | changes)
-        self.paid_at = {}
+        return {**NEW_WINDOW, **zeros, "done": 0.0, "number": number, "booked": number, "paid_at": {}}
 
 
 NEW_WINDOW: dict[str, Any] = {"samples": 0.0, "micro_batches": 0.0}
@@ -258,7 +271,4 @@ def step_of_discard(ledger: Ledger) -> partial[None]:
     """The step that drops what the open window owes and has seen."""
     # The books may still be those of the window before.
     ledger.settle()
-    zeros = {"owed": torch.zeros_like(ledger.owed), "squares": torch.zeros_like(ledger.squares)}
-    number = ledger.number + 1
-    changes = {**NEW_WINDOW, **zeros, "done": 0.0, "number": number, "booked": number, "paid_at": {}}
-    return partial(vars(ledger).update, changes)
+    return partial(vars(ledger).update, ledger.emptied())

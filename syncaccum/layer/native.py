@@ -1,33 +1,27 @@
-"""The compiled passes: whether they are here, which tensors they take, and their calls.
+"""The compiled passes: which tensors they take, and their calls.
 
 `kernels/passes.cpp` has them. Plain torch stands in where they are not (`measure`, `passes`), and is their oracle.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
 from collections.abc import Sequence
-from ctypes import c_char_p, c_void_p
-from pathlib import Path
 from struct import Struct
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from syncaccum.layer.kernels.build import library_for
+from syncaccum.layer.library import load
 from syncaccum.layer.memory_order import is_rows
 from syncaccum.torch_private import is_watched
 
 # As in passes.cpp, and so are the layouts of its two structs.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_NONE, _GIVEN, RUNNING, BATCH, RENORM = range(5)
-_FORWARD = Struct("@P4q 3P q4d Pq Pq 4P Pq Pq")
-_BACKWARD = Struct("@P4q 3P Pq 4P Pq dP Pq Pq")
-
-_INTERFACE = 2
+_NONE, _GIVEN, RUNNING, BATCH, RENORM, WINDOW = range(6)
+_FORWARD = Struct("@P4q 3P q4d Pq Pq 5P Pq Pq")
+_BACKWARD = Struct("@P4q 3P Pq 4P Pq dPP Pq Pq")
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -50,49 +44,10 @@ class Recipe(NamedTuple):
     prior_count: float = 0.0
     r_max: float = 0.0
     d_max: float = 0.0
+    others: Tensor | None = None  # packed moments that the micro-batch is counted together with
 
 
-class _Library:
-    """The two functions of passes.cpp, and torch's own loop over threads, which they run in."""
-
-    def __init__(self) -> None:
-        if os.environ.get("SYNCACCUM_NATIVE", "1") == "0":
-            raise OSError("SYNCACCUM_NATIVE=0 switched them off")
-        self.capability = torch.backends.cpu.get_cpu_capability()
-        path = library_for(self.capability)
-        if not path.exists():
-            raise OSError(f"{path.name} was not built: install from source where there is a C++ compiler")
-        try:
-            # Of torch's stable C interface, since 2.10.
-            loop = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cpu.so")).torch_parallel_for
-        except (OSError, AttributeError):
-            raise OSError("torch has no torch_parallel_for: they need torch 2.10 or newer") from None
-        self.parallel_for = ctypes.cast(loop, c_void_p).value or 0
-        library = ctypes.CDLL(str(path))
-        if not _fits(library):
-            raise OSError(f"{path.name} was built from another version of its source: install anew")
-        self.forward, self.backward = library.syncaccum_forward, library.syncaccum_backward
-        # A packed struct: one argument takes ctypes a tenth of the time.
-        self.forward.argtypes = self.backward.argtypes = [c_char_p]
-        self.forward.restype = self.backward.restype = None
-
-
-def _fits(library: ctypes.CDLL) -> bool:
-    try:
-        return ctypes.c_int64.in_dll(library, "syncaccum_interface").value == _INTERFACE
-    except ValueError:  # older than that number
-        return False
-
-
-def _load() -> tuple[_Library | None, str]:
-    try:
-        library = _Library()
-    except OSError as error:
-        return None, f"torch ({error})"
-    return library, f"compiled, {library.capability}"
-
-
-_library, _which = _load()
+_library, _which = load()
 
 
 def which() -> str:
@@ -131,16 +86,20 @@ def gradients_of(
     weight: Tensor | None,
     bias: Tensor | None,
     needed: Sequence[bool],
-) -> list[Tensor | None]:
-    """Those of x, weight and bias that are needed; ``found`` is from `normalize`."""
-    return _gradients(dy, x, weight, bias, _places(found, recipe), recipe.feedback, needed)
+    feedback: float | None,
+    owed: Tensor | None = None,  # comes to the sums, for the gradient of x
+) -> tuple[list[Tensor | None], Tensor]:
+    """Those of x, weight and bias that are needed, and the sums in one vector; ``found`` is from `normalize`."""
+    return _gradients(dy, x, weight, bias, _places(found, recipe), feedback, needed, owed)
 
 
 def _places(found: Tensor, recipe: Recipe) -> _Addresses:
     """Where center, scale, gain and offset are."""
-    size = found.numel() - 1
-    center, scale, gain, offset = (found.data_ptr() + 8 + k * size for k in (4, 5, 6, 7))
-    return (center, scale, gain, offset) if recipe.policy == RENORM else (center, scale, 0, 0)
+    # 8 C numbers of 8 bytes, the first one aside.
+    step = found.numel() - 1
+    center = found.data_ptr() + 8 + 4 * step
+    is_renorm = recipe.policy == RENORM
+    return center, center + step, is_renorm and center + 2 * step, is_renorm and center + 3 * step
 
 
 def measure(x: Tensor) -> Tensor:
@@ -177,17 +136,18 @@ def _forward(
     # In a list: they must live until the call is over.
     typed = [_checked(v, channels) for v in (recipe.mean, recipe.variance, weight, bias)]
     (mean, variance, weight_, bias_) = map(_typed, typed)
+    others = _checked(recipe.others, 1 + 2 * channels)
     settings = (recipe.policy, recipe.eps, recipe.prior_count, recipe.r_max, recipe.d_max)
     data = (x.data_ptr(), _address(y), _address(moments))
-    _library.forward(_FORWARD.pack(*geometry, *data, *settings, *mean, *variance, *norm, *weight_, *bias_))
+    vectors = (*mean, *variance, _address(others), *norm, *weight_, *bias_)
+    _library.forward(_FORWARD.pack(*geometry, *data, *settings, *vectors))
 
 
 def gradient_sums(dy: Tensor, x: Tensor, norm: Vectors) -> tuple[Tensor, Tensor]:
     """The sums of dy and of dy x_hat, float64."""
-    sums = torch.empty(2, x.shape[1], dtype=torch.float64, device="cpu")
     vectors = _wide(norm, x.shape[1])
-    _backward(dy, x, None, _addresses(vectors), None, sums, is_known=False)
-    first, second = sums.unbind()
+    _, sums = _gradients(dy, x, None, None, _addresses(vectors), None, (False, False, False))
+    first, second = sums.chunk(2)
     return first, second
 
 
@@ -205,7 +165,7 @@ def gradients(
 ) -> list[Tensor | None]:
     """Those of x, weight and bias that are needed, where nobody else has a part in the sums."""
     vectors = _wide(norm, x.shape[1])
-    return _gradients(dy, x, weight, bias, _addresses(vectors), norm[4], needed)
+    return _gradients(dy, x, weight, bias, _addresses(vectors), norm[4], needed)[0]
 
 
 def _gradients(
@@ -216,15 +176,16 @@ def _gradients(
     norm: _Addresses,
     feedback: Tensor | float | None,
     needed: Sequence[bool],
-) -> list[Tensor | None]:
-    sums = torch.empty(2, x.shape[1], dtype=torch.float64, device="cpu")
+    owed: Tensor | None = None,
+) -> tuple[list[Tensor | None], Tensor]:
+    sums = torch.empty(2 * x.shape[1], dtype=torch.float64, device="cpu")
     made = [
         torch.empty_like(v, requires_grad=False) if wanted and v is not None else None
         for v, wanted in zip((x, weight, bias), needed, strict=True)
     ]
     dx, dweight, dbias = made
-    _backward(dy, x, weight, norm, feedback, sums, is_known=False, dx=dx, dweight=dweight, dbias=dbias)
-    return made
+    _backward(dy, x, weight, norm, feedback, sums, is_known=False, owed=owed, dx=dx, dweight=dweight, dbias=dbias)
+    return made, sums
 
 
 def _backward(
@@ -236,6 +197,7 @@ def _backward(
     sums: Tensor,
     *,
     is_known: bool,
+    owed: Tensor | None = None,
     dx: Tensor | None = None,
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
@@ -244,10 +206,17 @@ def _backward(
     assert _library is not None
     geometry = _geometry(x)
     weight = _checked(weight, geometry[3])
+    owed = _checked(owed, 2 * geometry[3])
     one, each = _feedback(feedback, geometry[3])
     data = (dy.data_ptr(), x.data_ptr(), _address(dx), sums.data_ptr(), is_known)
-    results = (*_typed(dweight), *_typed(dbias))
+    results = (_address(owed), *_typed(dweight), *_typed(dbias))
     _library.backward(_BACKWARD.pack(*geometry, *data, *norm, *_typed(weight), one, _address(each), *results))
+
+
+def fold(call: bytes) -> float:
+    """The call of fold.cpp; `window/compiled_fold.py` packs it."""
+    assert _library is not None
+    return float(_library.fold(call))
 
 
 def _feedback(feedback: Tensor | float | None, channels: int) -> tuple[float, Tensor | None]:
@@ -273,13 +242,13 @@ def _wide(vectors: Sequence[Any], channels: int) -> list[Tensor | None]:
     return [v if v is None else _checked(v.to(torch.float64), channels) for v in vectors[:4]]
 
 
-def _checked(vector: Tensor | None, channels: int) -> Tensor | None:
+def _checked(vector: Tensor | None, size: int) -> Tensor | None:
     """Nobody else checks: compiled code reads whatever lies in memory."""
     if vector is None:
         return None
-    if not vector.is_cpu or vector.shape != (channels,):
+    if not vector.is_cpu or vector.shape != (size,):
         raise RuntimeError(
-            f"statistics and parameters must be of shape ({channels},) and on the input's device: "
+            f"statistics and parameters must be of shape ({size},) and on the input's device: "
             f"got {tuple(vector.shape)} on {vector.device}"
         )
     return vector.contiguous()

@@ -31,8 +31,8 @@ def note_forward(layer: Accumulating) -> None:
             "track_running_stats=False, so nothing was counted. Some wrappers switch it off (fairscale's "
             "checkpoint_wrapper does): use torch.utils.checkpoint, under which this layer counts once"
         )
-    # Policy "batch" looks at no running statistics.
-    if state.normalization != "batch":
+    # "batch" looks at no running statistics; "window" has a record.
+    if state.normalization not in ("batch", "window"):
         raise RuntimeError(
             f"torch.utils.checkpoint runs the forward of layer {name} again, but its running statistics were "
             "committed or loaded since the first time, so the gradient would be of something else: call backward() "

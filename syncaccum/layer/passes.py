@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from syncaccum.layer import fused, gpu, native
-from syncaccum.layer.compiled import find_recipe, normalize_compiled
+from syncaccum.layer.compiled import Balance, find_recipe, normalize_compiled
 from syncaccum.layer.compose import compose, composed_gradients, intercept
 from syncaccum.layer.measure import Measured, measure
 from syncaccum.layer.memory_order import (
@@ -137,7 +137,7 @@ def parameter_gradients(norm: Normalizer, sums: tuple[Tensor, Tensor]) -> tuple[
 
 
 def normalize(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Policy, balance: ReduceSums | None = None
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, policy: Policy, balance: Balance | None = None
 ) -> tuple[Tensor, Tensor]:
     """Normalise a micro-batch under a policy; also its packed moments, detached.
 
@@ -146,7 +146,7 @@ def normalize(
             memory order.
         weight, bias: shape ``(C,)`` or None.
         policy: turns the micro-batch's moments into what to apply.
-        balance: from the micro-batch's two sums of the backward to those that its gradient takes; None for its own.
+        balance: says what the gradient takes back, instead of the micro-batch's own sums. It is the policy itself.
     """
     x = make_dense(x)
     is_plain = not (torch.compiler.is_compiling() or is_transformed() or has_no_values(x))
@@ -162,13 +162,14 @@ def normalize(
         # Compilers fuse plain operations better than our passes.
         # Transforms of torch.func differentiate them in their own ways.
         return compose(x, weight, bias, policy)
-    if balance is None and native.takes(x, weight, bias) and (recipe := find_recipe(policy, x)) is not None:
-        return normalize_compiled(x, weight, bias, policy, recipe)
+    if native.takes(x, weight, bias) and (recipe := find_recipe(policy, x, balance)) is not None:
+        return normalize_compiled(x, weight, bias, policy, recipe, balance)
     with torch.no_grad():
         measured = measure(x).widen()
         norm = policy.normalizer(measured.n, measured.mean, measured.variance)
         sums = measured.sums()
-    (y,) = _apply_normalize(norm, [measured], weight, bias, balance, policy, x)
+    reduce_sums = None if balance is None else balance.take_back
+    (y,) = _apply_normalize(norm, [measured], weight, bias, reduce_sums, policy, x)
     return y, sums
 
 
@@ -192,6 +193,22 @@ def normalize_together(
     if vectors is not None:
         return gpu.normalize(xs, vectors, weight, bias, reduce_sums, None)
     return _apply_normalize(norm, measured, weight, bias, reduce_sums, None, *xs)
+
+
+def apply_known(
+    x: Tensor,
+    measured: Measured,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: Normalizer,
+    vectors: gpu.Vectors | None = None,
+) -> Tensor:
+    """The output of one dense micro-batch with known statistics, and no graph; see `normalize_together`."""
+    if is_on_cuda(x):
+        return gpu.apply(x, vectors or gpu.make_vectors(norm, x, weight, bias))
+    if native.takes(x, weight, bias):
+        return native.apply(x, norm, weight, bias)
+    return apply_normalizer(x, measured, weight, bias, norm, _narrow(norm, x))
 
 
 def _apply_normalize(

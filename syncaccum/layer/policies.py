@@ -146,7 +146,11 @@ class Window(NamedTuple):
     others: Tensor
 
     def normalizer(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
-        total = self.others + pack_statistics(count, mean, variance)
+        return self.normalizer_of(pack_statistics(count, mean, variance))
+
+    def normalizer_of(self, own: Tensor) -> Normalizer:
+        """`normalizer`, for the micro-batch's packed moments."""
+        total = self.others + own
         center, mean_sq = (total[1:] / total[0]).chunk(2)
         # Rounding can leave a constant channel below zero.
         var = torch.addcmul(mean_sq, center, center, value=-1).clamp_min(0)
@@ -175,7 +179,7 @@ def choose_policy(layer: Accumulating, count: int, eps: float) -> Policy:
     if state.normalization == "batch" and count == 1:
         raise ValueError(
             "Expected more than 1 value per channel when training, got 1; "
-            f'normalization="renorm" accepts it, in {layer}'
+            f'normalization="window" accepts it, in {layer}'
         )
     if state.normalization == "batch" and count > 1:
         return Batch(eps)

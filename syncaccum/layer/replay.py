@@ -54,27 +54,26 @@ class Record:
 
 
 class Records:
-    """Of the forwards in the open window, oldest first."""
+    """Of the forwards in the open window and of those whose graph lives, oldest first."""
 
     def __init__(self) -> None:
         self._held: list[Record] = []
         self._live: list[weakref.ref[Record]] = []
 
     def add(self, record: Record, own: Tensor, *, hold: bool) -> None:
-        """Keep the record of a forward with these packed moments: until the window ends, or while others hold it."""
+        """Keep the record of a forward with these packed moments: while others hold it, or until the next window."""
         record.sample = _sample(own)
-        # Those of a window that is over are of no use.
         if self._held and self._held[0].number != record.number:
             self._held.clear()
         if hold:
             self._held = [*self._held, record][-_MOST:]
-        self._live = [ref for ref in self._live if (other := ref()) is not None and other.number == record.number]
+        self._live = [ref for ref in self._live if ref() is not None]
         self._live.append(weakref.ref(record))
 
-    def find(self, own: Tensor, number: int) -> Record | None:
-        """The record of the forward in this window that had these packed moments, or almost these; None if none had."""
+    def find(self, own: Tensor) -> Record | None:
+        """The record of the forward that had these packed moments, or almost these; None if none had."""
         sample = _sample(own)
-        live = [record for ref in reversed(self._live) if (record := ref()) is not None and record.number == number]
+        live = [record for ref in reversed(self._live) if (record := ref()) is not None]
         distances = [_distance(record.sample, sample) for record in live]
         if not distances or min(distances) > _TOLERANCE:
             return None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from syncaccum.layer import gpu
 from syncaccum.layer.accumulate import bring_window_home
+from syncaccum.layer.balance import Due
 from syncaccum.layer.ledger import Ledger
 from syncaccum.layer.memory_order import is_on_cpu, is_on_cuda, make_dense
 from syncaccum.layer.passes import normalize
@@ -17,7 +18,7 @@ from syncaccum.layer.replay import Record, number_forward
 from syncaccum.layer.so_far_compiled import normalize_compiled
 from syncaccum.layer.so_far_fused import Sizes, find_vectors, pay
 from syncaccum.layer.state import Accumulating, match_width
-from syncaccum.moments import pack_statistics
+from syncaccum.moments import drop_if_nonfinite, pack_statistics
 from syncaccum.torch_private import buffers_of, has_no_values, is_transformed, runs_in_backward, saved_tensor_hooks
 
 _COMMITTED_SAMPLES = 4
@@ -43,25 +44,28 @@ def normalize_so_far(
     if is_on_cuda(x) and (done := visit.normalize_fused(layer, x, weight, bias)) is not None:
         return done
     visit.count_others(layer, x)
-    return normalize(x, weight, bias, visit, visit.take_back)
+    return normalize(x, weight, bias, visit, visit)
 
 
 class _Visit:
-    """One forward: as a policy it says what to normalise with, and to the backward what to take back."""
+    """One forward: as a policy it says what to normalise with, and as a `Balance` what its backward takes back."""
 
     def __init__(self, layer: Accumulating, x: Tensor, eps: float, counts: bool) -> None:
         match_width(layer)
         ledger = layer._accumulation.ledger
         assert ledger is not None
         self._ledger, self._eps = ledger, eps
-        self._samples, self._of_sample = x.shape[0], values_of_sample(x)
+        self._samples, self._of_sample = x.shape[0], _values_of_sample(x)
+        has_values = not has_no_values(x)
         # Transforms of torch.func, and shapes alone, have no books.
-        is_plain = not (is_transformed() or has_no_values(x))
+        is_plain = has_values and not is_transformed()
         self._layer = layer if is_plain and runs_in_backward() else None
         # Where a checkpoint may run this again. If it is the reentrant one,
         # no graph of ours keeps the record.
         self._holds = is_plain and not torch.is_grad_enabled()
         self._keeps = self._holds or (is_plain and saved_tensor_hooks() is not None)
+        if has_values and not getattr(layer, "_is_replica", False):
+            bring_window_home(layer._accumulation, x.device)
         self._counts, self._is_plain = counts and is_plain, is_plain
         self._record: Record
 
@@ -79,7 +83,6 @@ class _Visit:
         is_replica = getattr(layer, "_is_replica", False)
         if not self._is_plain or self._layer is not None or is_replica:
             return None
-        bring_window_home(layer._accumulation, x.device)
         sizes = Sizes(self._samples, self._of_sample, _COMMITTED_SAMPLES * self._of_sample, _UNTRAINED_VALUES)
         with torch.no_grad():
             found = find_vectors(layer, self._ledger, x, weight, bias, self._eps, sizes, counts=self._counts)
@@ -95,39 +98,51 @@ class _Visit:
         return y, packed
 
     def _pay_fused(self, dy: Tensor, dy_xmu: Tensor, scale: Tensor) -> tuple[Tensor, Tensor] | None:
-        return self._ledger.pay(self._samples, self._of_sample, self._record, partial(pay, dy, dy_xmu, scale))
+        arithmetic = partial(pay, dy, dy_xmu, scale, self._samples * self._of_sample)
+        return self._ledger.pay(self._samples, self._of_sample, self._record, arithmetic)
 
     def normalizer(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
+        own = pack_statistics(count, mean, variance)
         if self._layer is not None:
-            own = pack_statistics(count, mean, variance)
             self._record = self._ledger.recall(own, self._layer._accumulation.name or type(self._layer).__name__)
         else:
-            if self._keeps:
-                self._ledger.records.add(self._record, pack_statistics(count, mean, variance), hold=self._holds)
-            if self._record.counts:
-                self._ledger.note(mean, self._samples)
-        return Window(self._eps, self._record.others).normalizer(count, mean, variance)
+            self.note(own, mean)
+        return Window(self._eps, self._record.others).normalizer_of(own)
+
+    @property
+    def window(self) -> Window | None:
+        return Window(self._eps, self._record.others) if self._layer is None else None
+
+    def note(self, own: Tensor, mean: Tensor) -> None:
+        if self._keeps:
+            self._ledger.records.add(self._record, own, hold=self._holds)
+        if self._record.counts:
+            self._ledger.note(mean, self._samples)
 
     def take_back(self, sums: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """From a micro-batch's sums of dy and dy*x_hat to A and B."""
         first, second = self._ledger.take_back(torch.cat(sums), self._samples, self._of_sample, self._record).chunk(2)
         return first, second
+
+    def ask(self) -> Due:
+        return self._ledger.ask(self._samples, self._of_sample, self._record)
+
+    def book(self, due: Due, sums: Tensor) -> None:
+        self._ledger.book(due, sums, self._samples * self._of_sample, self._record)
 
 
 def _count_others(layer: Accumulating, ledger: Ledger, x: Tensor) -> Tensor:
     """Packed moments of all that a micro-batch is counted together with: this window's earlier ones, and the prior."""
-    state = layer._accumulation
-    if not (getattr(layer, "_is_replica", False) or has_no_values(x)):
-        bring_window_home(state, x.device)
-    window = state.window.to(x.device)
+    # One micro-batch with NaN or Inf spoils no other: where a scaler
+    # skips the step, no commit would ever end this window.
+    window = drop_if_nonfinite(layer._accumulation.window.to(x.device))
     if ledger.knows_prior:
-        return torch.add(window, ledger.prior.to(x.device), alpha=values_of_sample(x))
+        return torch.add(window, ledger.prior.to(x.device), alpha=_values_of_sample(x))
     return window + _count_committed(layer, x)
 
 
 def _count_committed(layer: Accumulating, x: Tensor) -> Tensor:
     """The committed statistics as packed moments of so many values as they count for in a first window."""
-    untrained, trained = _ask_if_untrained(layer), _COMMITTED_SAMPLES * values_of_sample(x)
+    untrained, trained = _ask_if_untrained(layer), _COMMITTED_SAMPLES * _values_of_sample(x)
     values: Tensor | int
     if isinstance(untrained, Tensor):
         values = torch.where(untrained, _UNTRAINED_VALUES, trained)
@@ -148,6 +163,6 @@ def _ask_if_untrained(layer: Accumulating) -> bool | Tensor:
     return batches == 0
 
 
-def values_of_sample(x: Tensor) -> int:
+def _values_of_sample(x: Tensor) -> int:
     """Per channel."""
     return x.numel() // (x.shape[0] * x.shape[1])

@@ -16,7 +16,7 @@ from syncaccum.layer.ledger import ledger_of
 from syncaccum.layer.memory_order import make_dense, per_channel
 from syncaccum.layer.policies import Window
 from syncaccum.layer.replay import Record, number_forward
-from syncaccum.moments import Moments, pack_statistics
+from syncaccum.moments import Moments, drop_if_nonfinite, pack_statistics
 from syncaccum.torch_private import runs_in_backward, saved_tensor_hooks
 
 
@@ -64,7 +64,7 @@ def look_at_window(
         record = ledger.recall(own, "in compiled code")
     else:
         prior = ledger.prior.to(own.device) * (n // samples) if ledger.knows_prior else committed
-        record = Record(window + prior, ledger.number, number_forward(), counts)
+        record = Record(drop_if_nonfinite(window) + prior, ledger.number, number_forward(), counts)
         if counts:
             ledger.note(Moments.unpack(own).total / n, samples)
         # The record's numbers go on alone: nobody else holds it.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from syncaccum.layer import fused
+from syncaccum.layer.balance import Due
 from syncaccum.layer.gpu import Vectors
 from syncaccum.layer.ledger import Ledger
 from syncaccum.layer.memory_order import as_passes
@@ -64,20 +65,19 @@ def find_vectors(
 
 
 def pay(
-    dy: Tensor, dy_xmu: Tensor, scale: Tensor, owed: Tensor, payers: float, n: int, *, again: bool
+    dy: Tensor, dy_xmu: Tensor, scale: Tensor, n: int, due: Due, owed: Tensor
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """The arithmetic of `Ledger.pay`, from and to sums of dy and of dy (x - center)."""
+    """The arithmetic of `Ledger.pay` for n values, from and to sums of dy and of dy (x - center)."""
     if fused.takes(dy, dy_xmu, scale, owed):
-        (bits,) = struct.unpack("q", struct.pack("d", payers))
-        found = fused.run(torch.ops.syncaccum.pay.default, dy, dy_xmu, scale, owed, bits, n, again)
+        (bits,) = struct.unpack("q", struct.pack("d", due.payers))
+        given = dy, dy_xmu, scale, owed, bits, n if due.share else 0, due.owed is None
+        found = fused.run(torch.ops.syncaccum.pay.default, *given)
         if found is not None:
             each, owed = found
             return (each[0], each[1]), owed
-    batch = torch.cat((dy, dy_xmu * scale)).to(torch.float64)
-    total = batch + owed.to(batch.device)
-    feedback = (batch if again else total) / payers
-    first, second = feedback.chunk(2)
-    return (first.to(scale.dtype), (second / scale).to(scale.dtype)), total.sub(feedback, alpha=n)
+    sums = torch.cat((dy, dy_xmu * scale)).to(torch.float64)
+    first, second = due.feedback(sums).chunk(2)
+    return (first.to(scale.dtype), (second / scale).to(scale.dtype)), due.close(owed, sums)
 
 
 def _find_window_vectors(

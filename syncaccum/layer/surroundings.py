@@ -38,6 +38,13 @@ class Participant(Protocol):
         """
 
 
+class Repeating(Participant, Protocol):
+    """Who normalises in second forwards of a checkpoint, too."""
+
+    def is_repeated_now(self) -> bool:
+        """Whether the second forward that runs now repeats one of its first ones."""
+
+
 class UnevenInputs(Protocol):
     """The open ``syncaccum.join``."""
 
@@ -63,7 +70,7 @@ def lockstep_here() -> Participant | None:
 
 # By layer: a checkpoint's second forward comes in the backward,
 # outside of what the user's code called, and maybe in a thread of torch.
-_recomputed: weakref.WeakKeyDictionary[Accumulating, weakref.ref[Participant]] = weakref.WeakKeyDictionary()
+_recomputed: weakref.WeakKeyDictionary[Accumulating, list[weakref.ref[Repeating]]] = weakref.WeakKeyDictionary()
 
 
 def participant_for(layer: Accumulating) -> Participant | None:
@@ -71,20 +78,25 @@ def participant_for(layer: Accumulating) -> Participant | None:
     if not runs_in_backward():
         return lockstep_here()
     # A second forward: who did it in the first?
-    participant = _recomputed.get(layer)
-    return None if participant is None else participant()
+    references = _recomputed.get(layer, [])
+    living = [participant for reference in references if (participant := reference()) is not None]
+    return next((one for one in reversed(living) if one.is_repeated_now()), None)
 
 
-def recompute_by(layers: Iterable[Accumulating], participant: Participant) -> None:
+def recompute_by(layers: Iterable[Accumulating], participant: Repeating) -> None:
     """Let a participant normalise in second forwards, too, for as long as anything holds it."""
     for layer in layers:
-        _recomputed[layer] = weakref.ref(participant)
+        others = [one for one in _recomputed.get(layer, []) if one() not in (None, participant)]
+        _recomputed[layer] = [*others, weakref.ref(participant)]
 
 
-def stop_recomputing(participant: Participant) -> None:
+def stop_recomputing(participant: Repeating) -> None:
     """It is over, although a graph may hold it for longer."""
-    for layer in [layer for layer, reference in _recomputed.items() if reference() is participant]:
-        del _recomputed[layer]
+    for layer, references in list(_recomputed.items()):
+        if others := [one for one in references if one() not in (None, participant)]:
+            _recomputed[layer] = others
+        else:
+            del _recomputed[layer]
 
 
 class TakingPart:

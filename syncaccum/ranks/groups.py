@@ -65,6 +65,27 @@ def resolve_group(group: Group) -> Group:
     return Communicator.of(group) if group else Communicator(group)
 
 
+def describe_group(group: Group) -> str:
+    """Who takes part, for people: the backend and how many ranks, as this rank knows it. Not collective."""
+    if group is not None and _is_communicator(group):
+        return f"MPI, {_count_ranks(group.size)}" if group else "MPI, freed"
+    group = resolve_group(group)
+    if group is None:
+        return "this process alone"
+    try:
+        backend: str = dist.get_backend(group)
+    except ValueError:  # torch knows it no more
+        return "destroyed"
+    if backend == "undefined":
+        # Nobody chose one, so each kind of device has its own.
+        backend = dist.get_backend_config(group)
+    return f"{backend}, {_count_ranks(group.size())}"
+
+
+def _count_ranks(size: int) -> str:
+    return f"{size} rank{'s' if size > 1 else ''}"
+
+
 class Communicator:
     """An mpi4py communicator, as something that can be a key, and that remembers a failure."""
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Literal, NoReturn, get_args
 
 import torch
@@ -20,6 +21,8 @@ from syncaccum.ranks.agreement import HEADER, Fingerprint
 from syncaccum.ranks.connect import connect, gather_texts
 from syncaccum.ranks.groups import Group
 from syncaccum.ranks.transport import Transport
+from syncaccum.torch_private import is_watched
+from syncaccum.window import spare
 from syncaccum.window.fold import apply, apply_to_some, concatenate
 from syncaccum.window.layers import NamedLayer, for_each_group, tracking_layers
 from syncaccum.window.layout import Layout, raise_layout_mismatch, verify_layout
@@ -44,6 +47,34 @@ class CommitReport:
     values: Mapping[str, int]
     ranks: int
     seconds: float
+
+    def as_dict(self, prefix: str = "syncaccum/") -> dict[str, float]:
+        """The report as numbers under short names, for TensorBoard, Weights & Biases and Lightning's loggers.
+
+        ``layers`` and ``left_alone``: how many took up the global batch, and how many saw none. ``min_values`` and
+        ``max_values``: the values per channel of the former. ``ranks``, ``seconds``.
+
+        Args:
+            prefix: comes before each name.
+
+        Example::
+
+            >>> model = syncaccum.convert_sync_accum(model)
+            >>> x, y = micro_batches[0]
+            >>> loss_fn(model(x), y).backward()
+            >>> sorted(commit(model).as_dict(prefix=""))
+            ['layers', 'left_alone', 'max_values', 'min_values', 'ranks', 'seconds']
+        """
+        seen = [count for count in self.values.values() if count > 0]
+        numbers = {
+            "layers": len(self.layers),
+            "left_alone": len(self.values) - len(seen),
+            "min_values": min(seen, default=0),
+            "max_values": max(seen, default=0),
+            "ranks": self.ranks,
+            "seconds": self.seconds,
+        }
+        return {f"{prefix}{name}": number for name, number in numbers.items()}
 
 
 def commit(model: nn.Module, *, timeout: float | timedelta | None = None) -> CommitReport:
@@ -130,7 +161,7 @@ def commit_layers(
             run_uninterrupted(steps_of_drop([layer._accumulation for _, layer in members]))
             discarded.append(error.where)
             counts = [0] * len(members)
-        values.update((name, n) for (name, layer), n in zip(members, counts, strict=True) if _is_ours(layer, n))
+        values.update((name, n) for (name, layer), n in zip(members, counts, strict=True) if n > 0 or _is_ours(layer))
         ranks.append(transport.size)
 
     try:
@@ -152,9 +183,9 @@ def _warn_of_discarded(where: Sequence[str]) -> None:
     )
 
 
-def _is_ours(layer: Accumulating, count: int) -> bool:
-    """Whether the report has the layer. One that normalises by itself had nothing to commit."""
-    return count > 0 or not layer._accumulation.normalises_itself
+def _is_ours(layer: Accumulating) -> bool:
+    """Whether the report has a layer without values. One that normalises by itself had nothing to commit."""
+    return not layer._accumulation.normalises_itself
 
 
 def _commit_group(group: Group, transport: Transport, members: Sequence[NamedLayer]) -> list[int]:
@@ -162,7 +193,8 @@ def _commit_group(group: Group, transport: Transport, members: Sequence[NamedLay
     # Nothing here requires gradients.
     layout, message_size = verify_layout(group, transport, members)
     windows = [layer._accumulation.window for _, layer in members]
-    reduced = _reduce_windows(transport, layout.fingerprint, message_size, windows)
+    memory = _take_memory(transport, windows, message_size)
+    reduced = _reduce_windows(transport, layout.fingerprint, message_size, windows, memory)
     counts = _judge(group, transport, layout, members, reduced)
     seen = [member for member, count in zip(members, counts, strict=True) if count > 0]
     # The usual case. The other one builds a smaller message first.
@@ -170,22 +202,44 @@ def _commit_group(group: Group, transport: Transport, members: Sequence[NamedLay
         apply(layout, seen, reduced)
     elif seen:
         apply_to_some(layout, counts, seen, reduced)
-    for _, layer in members:
-        # Also of layers without values: a commit there was.
-        layer._accumulation.is_committed = True
+    if len(seen) < len(members):
+        for _, layer in members:
+            # Also of layers without values: a commit there was.
+            layer._accumulation.is_committed = True
+    if memory is not None:
+        spare.give_back(message_size, memory)
     return counts
 
 
+def _take_memory(transport: Transport, windows: Sequence[Tensor], message_size: int) -> Tensor | None:
+    """Memory for a message; None where that goes elsewhere than to the CPU: GPUs have an allocator that keeps some."""
+    home = windows[0].device
+    if home.type != "cpu" or transport.choose_device(home) != home or is_watched():
+        return None
+    memory: Tensor = spare.take(message_size, partial(_make_message, message_size))
+    return memory
+
+
+def _make_message(size: int) -> Tensor:
+    # What is made under inference_mode refuses to change later.
+    with torch.inference_mode(False):
+        return torch.empty(size, dtype=torch.float64, device="cpu")
+
+
 def _reduce_windows(
-    transport: Transport, fingerprint: Fingerprint, message_size: int, windows: Sequence[Tensor]
+    transport: Transport,
+    fingerprint: Fingerprint,
+    message_size: int,
+    windows: Sequence[Tensor],
+    memory: Tensor | None = None,
 ) -> Tensor:
     """A header and these windows, summed over the ranks, on the device of the windows. Collective."""
     home = windows[0].device
     header = torch.tensor(fingerprint.header(), dtype=torch.float64, device=home)
-    size = HEADER + sum(window.numel() for window in windows)
+    size = HEADER + sum(map(Tensor.numel, windows))
     # All messages of a group have one length: see verify_layout.
-    padding = header.new_zeros(message_size - size)
-    message = concatenate([header, *windows, padding], transport.choose_device(home))
+    padding = [header.new_zeros(message_size - size)] if size < message_size else []
+    message = concatenate([header, *windows, *padding], transport.choose_device(home), memory)
     transport.all_reduce(message)
     return message[:size].to(home)
 
@@ -220,7 +274,7 @@ def _judge(
     at, *_ = layout.indices(reduced.device)
     # One tolist() for all: each waits for a GPU.
     # NaN and Inf survive the sum of everything: no mask is needed.
-    *verdict, checksum = torch.cat([reduced[:HEADER], reduced[at], reduced.sum().reshape(1)]).tolist()
+    *verdict, checksum = torch.cat([reduced[:HEADER], reduced.index_select(0, at), reduced.sum().reshape(1)]).tolist()
     header, counts = verdict[:HEADER], verdict[HEADER:]
     # First: sums of different layers mean nothing.
     if not layout.fingerprint.agrees(header, transport.size):

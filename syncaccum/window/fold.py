@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from syncaccum.errors import NonFiniteStatisticsError
-from syncaccum.layer.state import Accumulating, commit_momentum
+from syncaccum.layer.state import Accumulating
+from syncaccum.ranks.agreement import HEADER
 from syncaccum.torch_private import add_to_all, buffers_of, copy_all
+from syncaccum.window import compiled_fold, spare
 from syncaccum.window.layers import NamedLayer
 from syncaccum.window.layout import Layout
 from syncaccum.window.prior import steps_of_commit
@@ -33,46 +35,97 @@ def apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> Non
 
     All channels of all layers at once: a few operations for each layer would take longer than the all-reduce.
     """
-    # m = S1 / n and v = S2 / n - m^2 of the global batch,
-    # one row of means and one of variances.
-    _, at_count, at_sums = layout.indices(reduced.device)
-    n = reduced.index_select(0, at_count)
-    update = reduced.index_select(0, at_sums).view(2, -1).div_(n)
     layers = [layer for _, layer in members]
-    closing = _close_windows(layers, layout, n, update)
-    mean, variance = update.unbind()
-    # In place: variance is a view of update's second row.
-    # Rounding can leave a constant channel below zero.
-    # n / (n - 1): running_var is unbiased, as nn.BatchNorm's.
-    variance.addcmul_(mean, mean, value=-1).clamp_min_(0).mul_(n / (n - 1))
+    closing = _close_windows(layers, layout, reduced)
     buffers = [buffers_of(layer) for layer in layers]
     current = [cast(Tensor, b[name]) for name in ("running_mean", "running_var") for b in buffers]
-    # Computed in float64, then rounded once.
-    old = concatenate(current, reduced.device).to(torch.float64).view(2, -1)
-    new = torch.lerp(old, update, _factors(layers, layout, reduced.device)).view(-1)
-    rounded, stored = _round_as_stored(new, layout, current)
-    _judge_rounded(layout, members, current, rounded)
+    factors = _find_factors(layers, layout, reduced.device)
+    if compiled_fold.takes(reduced, current, layout.widths * 2):
+        key, new = _fold_compiled(layout, reduced, current, factors)
+    else:
+        key, new = None, _fold(layout, reduced, current, factors)
+    _judge_rounded(layout, members, current, new)
     # Until here nothing has changed. What follows does not fail.
     counters = [batches for b in buffers if (batches := b["num_batches_tracked"]) is not None]
     states = [layer._accumulation for layer in layers]
     run_uninterrupted(
         [
-            partial(copy_all, current, stored),
+            partial(copy_all, current, new.stored),
             # It refuses an empty list.
             *([partial(add_to_all, counters, 1)] if counters else []),
-            *steps_of_new_window(states),
-            *closing,
             # A checkpoint's second forward would now see other statistics.
-            *(partial(setattr, state, "has_normalised", False) for state in states),
+            *steps_of_new_window(states, has_normalised=False, is_committed=True),
+            *closing,
         ]
     )
+    if key is not None:
+        spare.give_back(key, (new.rounded, new.stored))
 
 
-def _close_windows(layers: Sequence[Accumulating], layout: Layout, n: Tensor, moments: Tensor) -> list[partial[Any]]:
-    """The steps for layers under policy "window". ``moments``: means and mean squares of the global batch."""
+class _New(NamedTuple):
+    """New statistics in the dtype of their buffers."""
+
+    rounded: Tensor
+    """In one piece, to judge: the means of all layers, then their variances."""
+    stored: list[Tensor]
+    """For each buffer, to copy."""
+    checksum: float
+    """Finite where all of them are, unless the sum itself is too large."""
+
+
+def _fold_compiled(
+    layout: Layout, reduced: Tensor, current: Sequence[Tensor], factors: Sequence[float]
+) -> tuple[Hashable, _New]:
+    """The arithmetic of `_fold` in one pass, to the last bit, and the key of the memory that it is in."""
+    key = layout.widths, current[0].dtype
+    rounded, stored = spare.take(key, partial(_make_statistics, layout.widths * 2, current[0].dtype))
+    torch.cat(list(current), out=rounded)
+    checksum = compiled_fold.fold(reduced[HEADER:], rounded, layout.widths, factors)
+    return key, _New(rounded, stored, checksum)
+
+
+def _make_statistics(widths: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    # What is made under inference_mode refuses to change later.
+    with torch.inference_mode(False):
+        rounded = torch.empty(sum(widths), dtype=dtype, device="cpu")
+        return rounded, list(torch.split(rounded, list(widths)))
+
+
+def _fold(layout: Layout, reduced: Tensor, current: Sequence[Tensor], factors: Sequence[float]) -> _New:
+    """The new statistics, from old ones and reduced sums: all channels of all layers at once."""
+    n, update = _divide(layout, reduced)
+    mean, variance = update.unbind()
+    # As fold.cpp, each operation rounds by itself: ranks with and
+    # without it get the same bits. addcmul and lerp may fuse two.
+    # In place: fresh memory takes longer than the arithmetic.
+    square = mean * mean
+    # Rounding can leave a constant channel below zero.
+    variance.sub_(square).clamp_min_(0)
+    # n / (n - 1): running_var is unbiased, as nn.BatchNorm's.
+    variance.mul_(n.div_(torch.sub(n, 1, out=square)))
+    # Computed in float64, then rounded once.
+    old = concatenate(current, reduced.device).to(torch.float64).view(2, -1)
+    share = _spread_factors(factors, layout, reduced.device)
+    new = old.mul_(1 - share).add_(update.mul_(share)).view(-1)
+    rounded, stored = _round_as_stored(new, layout, current)
+    # float32 at least: in float16 good values sum to Inf.
+    checksum = rounded.sum(dtype=torch.promote_types(rounded.dtype, torch.float32)).item()
+    return _New(rounded, stored, checksum)
+
+
+def _divide(layout: Layout, reduced: Tensor) -> tuple[Tensor, Tensor]:
+    """Values per channel, for each channel; and a row of means and one of mean squares, of the global batch."""
+    _, at_count, at_sums = layout.indices(reduced.device)
+    n = reduced.index_select(0, at_count)
+    return n, reduced.index_select(0, at_sums).view(2, -1).div_(n)
+
+
+def _close_windows(layers: Sequence[Accumulating], layout: Layout, reduced: Tensor) -> list[partial[Any]]:
+    """The steps for layers under policy "window"."""
     having = [index for index, layer in enumerate(layers) if layer._accumulation.ledger is not None]
     if not having:
         return []
+    n, moments = _divide(layout, reduced)
     rows = torch.cat((n.unsqueeze(0), moments))
     if len(having) < len(layers):
         pieces = torch.split(rows, list(layout.widths), 1)
@@ -92,16 +145,15 @@ def _round_as_stored(new: Tensor, layout: Layout, current: Sequence[Tensor]) -> 
     return torch.cat([piece.to(torch.float64) for piece in pieces]), pieces
 
 
-def _judge_rounded(layout: Layout, members: Sequence[NamedLayer], current: Sequence[Tensor], rounded: Tensor) -> None:
+def _judge_rounded(layout: Layout, members: Sequence[NamedLayer], current: Sequence[Tensor], new: _New) -> None:
     """Raise on new statistics that their dtype cannot hold.
 
     They come from reduced values and from running statistics. Both are equal on all ranks, so all decide alike.
     """
-    # float32 at least: in float16 good values sum to Inf.
-    if math.isfinite(rounded.sum(dtype=torch.promote_types(rounded.dtype, torch.float32)).item()):
+    if math.isfinite(new.checksum):
         return
     # The sum itself may be too large: now look at each layer.
-    after = _find_non_finite(members, torch.split(rounded, list(layout.widths * 2)))
+    after = _find_non_finite(members, torch.split(new.rounded, list(layout.widths * 2)))
     # Spoilt before: discarding the window would not help.
     if spoilt := [name for name in _find_non_finite(members, current) if name in after]:
         raise NonFiniteStatisticsError(
@@ -124,14 +176,19 @@ def _find_non_finite(members: Sequence[NamedLayer], statistics: Sequence[Tensor]
     return [name for (name, _), pair in zip(members, pairs, strict=True) if any(pair)]
 
 
-def _factors(layers: Sequence[Accumulating], layout: Layout, device: torch.device) -> Tensor | float:
-    """How much of the new statistics to take: momentum, or 1 / (batches so far, this one included)."""
-    momenta = [commit_momentum(layer) for layer in layers]
+def _find_factors(layers: Sequence[Accumulating], layout: Layout, device: torch.device) -> Sequence[float]:
+    """By layer, how much of the new statistics to take: momentum, or 1 / (batches so far, this one included)."""
+    if None not in layout.momenta:
+        return cast(tuple[float, ...], layout.momenta)
+    shares = iter(_count_in([layer for layer, m in zip(layers, layout.momenta, strict=True) if m is None], device))
+    return [next(shares) if m is None else m for m in layout.momenta]
+
+
+def _spread_factors(factors: Sequence[float], layout: Layout, device: torch.device) -> Tensor | float:
+    """A factor for each channel."""
     # One number for all needs no tensor on the device.
-    if None not in momenta and len(set(momenta)) == 1:
-        return cast(float, momenta[0])
-    shares = iter(_count_in([layer for layer, m in zip(layers, momenta, strict=True) if m is None], device))
-    factors = [next(shares) if m is None else m for m in momenta]
+    if len(set(factors)) == 1:
+        return factors[0]
     widths = torch.tensor(layout.widths, device=device)
     return torch.tensor(factors, dtype=torch.float64, device=device).repeat_interleave(widths)
 
@@ -145,9 +202,13 @@ def _count_in(layers: Sequence[Accumulating], device: torch.device) -> list[floa
     return [0.0 if counter is None else 1.0 / (next(counts) + 1) for counter in counters]
 
 
-def concatenate(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """torch.cat on ``device``. One transfer if all tensors are on one device, else one for each."""
+def concatenate(tensors: Sequence[Tensor], device: torch.device, memory: Tensor | None = None) -> Tensor:
+    """torch.cat on ``device``. One transfer if all tensors are on one device, else one for each.
+
+    Args:
+        memory: where to put it, on ``device``.
+    """
     home = tensors[0].device
     if all(tensor.device == home for tensor in tensors):
-        return torch.cat(list(tensors)).to(device)
-    return torch.cat([tensor.to(device) for tensor in tensors])
+        return torch.cat(list(tensors), out=memory).to(device)
+    return torch.cat([tensor.to(device) for tensor in tensors], out=memory)

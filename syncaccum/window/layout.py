@@ -37,10 +37,21 @@ class Layout:
     def of(cls, key: Key) -> Layout:
         return cls(key, Fingerprint.of(key), tuple(width for _, width, *_ in key))
 
-    @property
+    # Each of these is asked for in every commit.
+    @functools.cached_property
     def sizes(self) -> list[int]:
         """Of the header and of each layer's moments."""
         return [HEADER, *map(Moments.packed_size, self.widths)]
+
+    @functools.cached_property
+    def size(self) -> int:
+        """Of all of them."""
+        return sum(self.sizes)
+
+    @functools.cached_property
+    def momenta(self) -> tuple[float | None, ...]:
+        """By layer; None where it averages over all batches."""
+        return tuple(momentum for _, _, _, _, momentum, _ in self.key)
 
     def indices(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Where in a message: each layer's count; each channel's count; each channel's total, then its total_sq."""
@@ -75,9 +86,8 @@ def verify_layout(group: Group, transport: Transport, members: Sequence[NamedLay
     if a peer died during a commit, some of the others may have finished that commit, and some not.
     """
     layout = _recall_layout(_describe_layers(members))
-    size = sum(layout.sizes)
     if group is None:
-        return layout, size
+        return layout, layout.size
     agreement = agreement_of(group)
     if layout.key not in agreement.keys:
         # First time in this group: compare before any sums are sent.
@@ -88,7 +98,7 @@ def verify_layout(group: Group, transport: Transport, members: Sequence[NamedLay
         transport.all_reduce(message)
         if not proposal.agrees(message[:HEADER].tolist(), transport.size, new=True):
             raise_layout_mismatch(group, transport, members)
-        agreement.remember(layout.key, size)
+        agreement.remember(layout.key, layout.size)
     return layout, agreement.message_size
 
 

@@ -118,6 +118,8 @@ class _Layers:
     """Which channel is whose, where all channels of all layers are in one vector."""
 
     widths: list[int]
+    channels: Tensor
+    """The widths again, in float64."""
     starts: Tensor
     of_channels: Tensor
 
@@ -135,9 +137,7 @@ class _Layers:
 
     def average(self, values: Tensor) -> Tensor:
         """The mean over each layer's channels."""
-        both = torch.stack((values, torch.ones_like(values)))
-        sums = both.new_zeros(2, len(self.widths)).index_add_(1, self.of_channels, both)
-        return sums[0] / sums[1]
+        return values.new_zeros(len(self.widths)).index_add_(0, self.of_channels, values) / self.channels
 
 
 # Remembered: it takes as long as all of the arithmetic.
@@ -145,6 +145,7 @@ class _Layers:
 def _find_layers(widths: tuple[int, ...], device: torch.device) -> _Layers:
     # Named, because a default device may be meta, and this is kept.
     home = torch.device("cpu")
+    sizes = torch.tensor(widths, device=home)
     starts = torch.tensor([0, *itertools.accumulate(widths[:-1])], device=home)
-    of_channels = torch.arange(len(widths), device=home).repeat_interleave(torch.tensor(widths, device=home))
-    return _Layers(list(widths), starts.to(device), of_channels.to(device))
+    of_channels = torch.arange(len(widths), device=home).repeat_interleave(sizes)
+    return _Layers(list(widths), sizes.to(device, torch.float64), starts.to(device), of_channels.to(device))

@@ -140,10 +140,15 @@ def _load_ledger(name: str, layer: Accumulating, state: Mapping[str, Tensor]) ->
         # A start without it: as in a first window.
         ledger.forget()
         return
-    saved = [state[key] for key in keys]
-    is_shared = saved[0].dim() == 2
-    ranks = connect(resolve_group(layer._accumulation.handle.group)).size if is_shared else 1
-    ledger.unpack(dict(zip(PACKED, (s.sum(0) if is_shared else s for s in saved), strict=True)), ranks)
+    saved, ranks = [state[key] for key in keys], 1
+    if saved[0].dim() == 2:
+        transport = connect(resolve_group(layer._accumulation.handle.group))
+        if saved[0].shape[0] % transport.size == 0:
+            # A rank's own, or as many for each.
+            saved = [s[transport.rank :: transport.size].sum(0) for s in saved]
+        else:
+            saved, ranks = [s.sum(0) for s in saved], transport.size
+    ledger.unpack(dict(zip(PACKED, saved, strict=True)), ranks)
 
 
 def _check_fit(name: str, layer: Accumulating, saved: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from syncaccum.layer.state import Accumulating
-from syncaccum.window.commit import OnNonFinite, check_on_nonfinite, commit_layers, to_seconds
+from syncaccum.window.commit import CommitReport, OnNonFinite, check_on_nonfinite, commit_layers, to_seconds
 from syncaccum.window.layers import tracking_layers
 from syncaccum.window.optimizers import find_optimizers, hook_step
 
@@ -65,6 +65,7 @@ def commit_on_step(
 
     Returns:
         A handle; ``handle.remove()`` ends it for all optimizers. It is also a context manager that does so at its end.
+        ``handle.report`` is what the last commit did.
 
     Raises:
         ValueError: the timeout is not a positive number, ``on_nonfinite`` is none of the two, or the list is empty.
@@ -103,7 +104,11 @@ def commit_on_step(
 
 
 class CommitHandle:
-    """What ``commit_on_step`` returns: ``remove()`` ends it."""
+    """What ``commit_on_step`` returns: ``remove()`` ends it.
+
+    Attributes:
+        report: of the last commit after a step; None before the first.
+    """
 
     def __init__(
         self,
@@ -112,6 +117,7 @@ class CommitHandle:
         timeout: float | None,
         on_nonfinite: OnNonFinite,
     ) -> None:
+        self.report: CommitReport | None = None
         self._model = model
         self._timeout = timeout
         self._on_nonfinite = on_nonfinite
@@ -150,7 +156,7 @@ class CommitHandle:
         if len(self._steps) == len(self._optimizers):
             # First: if the commit raises, the next round starts anew.
             self._steps.clear()
-            commit_layers(tracking_layers(self._model), self._timeout, self._on_nonfinite)
+            self.report = commit_layers(tracking_layers(self._model), self._timeout, self._on_nonfinite)
         # Equal, not more: once in a round.
         elif self._steps[optimizer] == _UNEVEN_AFTER:
             _warn_of_uneven_steps()

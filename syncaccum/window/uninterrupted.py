@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
@@ -29,9 +30,11 @@ def steps_of_drop(states: Sequence[Accumulation]) -> list[partial[Any]]:
     return [*steps_of_new_window(states), *map(step_of_discard, ledgers)]
 
 
-def steps_of_new_window(states: Sequence[Accumulation]) -> list[partial[Any]]:
-    """The steps that start a new window in each layer, ledgers aside."""
+def steps_of_new_window(states: Sequence[Accumulation], **changes: bool) -> list[partial[Any]]:
+    """The steps that start a new window in each layer, ledgers aside, and make some more changes to its state."""
+    updates = map(dict.update, map(vars, states), itertools.repeat(NEW_WINDOW | changes))
     return [
         partial(zero_all, [state.window for state in states]),
-        *(partial(vars(state).update, NEW_WINDOW) for state in states),
+        # One step for all layers: it walks, in C, too.
+        partial(deque, updates, 0),
     ]

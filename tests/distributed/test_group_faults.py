@@ -141,6 +141,7 @@ def test_policies_that_differ_between_ranks_are_named(rank: Rank, ours: str, the
     model = make_model()
     layer = model[1]
     assert isinstance(layer, SyncAccumBatchNorm)
+    layer.normalization = "renorm"
     if rank.index == 1 and ours == "renorm":
         layer.normalization = theirs
     elif rank.index == 1:

@@ -14,6 +14,7 @@ from syncaccum import (
     commit,
     convert_sync_accum,
     revert_sync_accum,
+    summary,
 )
 from tests.oracle import (
     assert_committed,
@@ -159,3 +160,17 @@ def test_accumulate_batch_norm_takes_part_in_the_default_group(rank: Rank) -> No
     layer.update_stats()
     assert layer.running_mean.tolist() == [1.0, 1.0]
     assert layer.running_var.tolist() == [2.0, 2.0]
+
+
+@on_ranks(3)
+def test_a_summary_of_one_rank_names_the_groups_and_asks_no_peer(rank: Rank) -> None:
+    group = own_group(rank)
+    layers = nn.ModuleDict({"a": SyncAccumBatchNorm(3, process_group=group), "b": SyncAccumBatchNorm(3)}).double()
+    fed = feed_layers(layers, rank)
+    if rank.index == 0:
+        # A collective would wait here for the others.
+        assert [layer.group for layer in summary(layers).layers] == ["gloo, 2 ranks", "gloo, 3 ranks"]
+        assert summary(layers).layers[0].values == sum(x.shape[0] * x.shape[2] for x in fed["a"])
+    commit(layers)
+    dist.destroy_process_group(group)
+    assert summary(layers).layers[0].group == "destroyed"

@@ -63,9 +63,11 @@ def test_ddp_gives_each_rank_the_gradients_of_its_own_books(rank: Rank) -> None:
 
 def feed_and_save(rank: Rank) -> tuple[State, State]:
     layer = make_layer()
-    feed(layer, 100 * rank.index, 2)
-    commit(layer)
-    feed(layer, 10 + 100 * rank.index, 1)
+    # After three windows each rank finds its prior worth something else.
+    for window in range(3):
+        feed(layer, 100 * rank.index + 10 * window, 2)
+        commit(layer)
+    feed(layer, 100 * rank.index + 50, 1)
     return window_state_dict(layer), gather_window_state_dict(layer)
 
 
@@ -84,13 +86,18 @@ def test_books_saved_by_two_ranks_are_shared_out_over_any_number() -> None:
             loaded = run_on_ranks(load_and_save, ranks, state)
             for key, shares in stacked.items():
                 parts = torch.stack([one[key] for one in loaded])
-                if key.endswith("/last"):
-                    # Of all ranks, and the same on all.
-                    for part in parts:
-                        torch.testing.assert_close(part, shares[0])
-                elif key.endswith("/owed"):
-                    torch.testing.assert_close(parts.sum(0)[1:], shares.sum(0)[1:])
-                    # What the prior is worth: the mean of what it was.
-                    torch.testing.assert_close(parts[:, 0], shares[:, 0].mean().expand(ranks))
+                if state is stacked and ranks == 2:
+                    # To each its own, bit for bit.
+                    assert torch.equal(parts, shares), key
+                elif key.endswith("/last"):
+                    # A prior's sums and, at the end of the squares, its worth: the mean of what they were.
+                    torch.testing.assert_close(parts, shares.mean(0).expand_as(parts))
+                elif key.endswith("/squares"):
+                    torch.testing.assert_close(parts[:, :-1].sum(0), shares[:, :-1].sum(0))
+                    torch.testing.assert_close(parts[:, -1], shares[:, -1].mean().expand(ranks))
                 else:
                     torch.testing.assert_close(parts.sum(0), shares.sum(0))
+    worths = [own[key][-1] for own in owns for key in own if key.endswith("/squares")]
+    # 1 to 16 samples, and not only whole numbers of them.
+    assert worths[0] != worths[1]
+    assert not all(float(worth).is_integer() for worth in worths)

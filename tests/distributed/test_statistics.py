@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unittest.mock
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from syncaccum import SyncAccumBatchNorm, commit, convert_sync_accum
+from syncaccum.layer import native
 from tests.oracle import as_columns, assert_same_on_all_ranks, gather_global_batch, make_reference
 from tests.ranks import Rank, on_ranks, open_ranks
 
@@ -205,6 +207,20 @@ def test_many_layers_are_committed_together_and_bit_identically(rank: Rank) -> N
         expected = reference.running_var.to(layer.running_var.dtype)
         torch.testing.assert_close(layer.running_var, expected)
         torch.testing.assert_close(layer.running_mean, reference.running_mean.to(layer.running_mean.dtype))
+
+
+@pytest.mark.skipif(not native.which().startswith("compiled"), reason=f"CPU passes here: {native.which()}")
+@on_ranks(2)
+def test_ranks_with_and_without_compiled_passes_commit_the_same_bits(rank: Rank) -> None:
+    layers = nn.ModuleList(SyncAccumBatchNorm(width, dtype=torch.float64) for width in (1, 40, 300))
+    layer: Any
+    library = native._library if rank.index == 0 else None
+    with unittest.mock.patch.object(native, "_library", library):
+        for _ in range(3):
+            for layer in layers:
+                layer(torch.randn(5 + rank.index, layer.num_features, dtype=torch.float64) * 3 + 7)
+            commit(layers)
+    assert_same_on_all_ranks(list(layers.buffers()))
 
 
 @on_ranks(2)

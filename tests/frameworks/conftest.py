@@ -15,6 +15,8 @@ if find_spec("lightning") is None:
     collect_ignore_glob = ["test_*.py"]
 else:
     collect_ignore = [f"test_{name}.py" for name in _NEEDED if find_spec(name) is None]
+    if find_spec("fastai") is None or find_spec("transformers") is None:
+        collect_ignore += ["test_examples.py", "test_page.py"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what these deprecated in each other since
         for name, module in {"fastai": "fastai.callback.training", "lightning": "lightning.pytorch"}.items():

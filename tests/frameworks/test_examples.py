@@ -11,8 +11,8 @@ import pytest
 from tests.launch.jobs import CHECKOUT, run
 
 EXAMPLES = CHECKOUT / "launch" / "examples"
-# Seen after two epochs: 94 to 97 %. One run's chance is 1.3 points for 360 images; this is three below.
-LEARNT = 0.90
+# Seen after two epochs: 92.5 to 96.7 %. One run's chance is 1.4 points for 360 images; this is four below.
+LEARNT = 0.87
 ON_TWO_RANKS = {
     "with_lightning.py": ["python", "with_lightning.py", "--devices", 2],
     "with_transformers.py": ["torchrun", "--standalone", "--nproc-per-node", 2, "with_transformers.py"],

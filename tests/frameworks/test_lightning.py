@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gc
 import warnings
 from collections.abc import Iterator
@@ -14,12 +15,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from syncaccum import NoLayersError, SyncAccumBatchNorm, commit, convert_sync_accum, lookahead
+from syncaccum import NoLayersError, SyncAccumBatchNorm, commit, commit_on_step, convert_sync_accum, lookahead
 from syncaccum.integrations.lightning import SyncAccumCallback
 from tests.oracle import as_columns, assert_same_statistics, gather_global_batch, make_reference
 from tests.ranks import Rank, on_ranks
@@ -104,7 +106,7 @@ def make_loader(ranks: int = 1, *, size: int = SIZE) -> Any:
 
 
 def make_trainer(callback: Any, ranks: int = 1, **settings: Any) -> Trainer:
-    settings = {"max_epochs": 2, "accumulate_grad_batches": WINDOW, **settings}
+    settings = {"max_epochs": 2, "accumulate_grad_batches": WINDOW, "logger": False, **settings}
     if ranks > 1:
         # The ranks are there, and their group is.
         settings = {
@@ -115,8 +117,8 @@ def make_trainer(callback: Any, ranks: int = 1, **settings: Any) -> Trainer:
         }
     callbacks = callback if isinstance(callback, list) else [callback]
     return Trainer(
-        accelerator="cpu", devices=ranks, callbacks=callbacks, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, **settings,
+        accelerator="cpu", devices=ranks, callbacks=callbacks, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, **settings,
     )  # fmt: skip
 
 
@@ -421,6 +423,20 @@ def test_a_model_without_batch_norm_is_refused() -> None:
         make_trainer(SyncAccumCallback()).fit(network, make_loader())
 
 
+class WithTestStep(Network):
+    def test_step(self, batch: Any) -> None:
+        self.log("loss", loss_of(self.net, batch[0]))
+
+
+def test_a_model_that_was_only_tested_is_saved_as_it_is() -> None:
+    network = WithTestStep()
+    trainer = make_trainer(SyncAccumCallback())
+    trainer.test(network, make_loader(), verbose=False)
+    trainer.save_checkpoint("tested.ckpt")
+    assert type(network.net[1]) is nn.BatchNorm1d
+    assert "syncaccum_windows" not in torch.load("tested.ckpt", weights_only=False)
+
+
 def test_what_lr_find_has_seen_is_dropped() -> None:
     network = Network()
     network.lr = 0.05
@@ -430,3 +446,34 @@ def test_what_lr_find_has_seen_is_dropped() -> None:
     network.open, network.windows = [], []
     trainer.fit(network, make_loader())
     assert network.windows == [4, 4, 2]
+
+
+class Logging(LightningModule):  # type: ignore[misc] # not installed where types are checked
+    """Converts by itself, and logs each commit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = convert_sync_accum(make_net())
+
+    def configure_optimizers(self) -> Any:
+        optimizer = make_optimizer(self)
+        self.handle = commit_on_step(self, optimizer)
+        return optimizer
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return loss_of(self.net, batch[0])
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.handle.report is not None:
+            self.log_dict(self.handle.report.as_dict())
+
+
+def test_a_report_is_logged_by_log_dict(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    make_trainer([], max_epochs=1, logger=logger, log_every_n_steps=1).fit(Logging(), make_loader())
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    logged = [(float(row["syncaccum/layers"]), float(row["syncaccum/max_values"])) for row in rows]
+    # Ten micro-batches: two whole windows, and what is left.
+    assert sorted(set(logged)) == [(2, 2 * SIZE), (2, WINDOW * SIZE)]
+    assert all(float(row["syncaccum/seconds"]) > 0 for row in rows)

@@ -65,7 +65,7 @@ def test_batch_policy_with_one_micro_batch_to_a_window_is_plain_batchnorm() -> N
     assert_states_close(ours, plain, rtol=1e-9)
 
 
-@pytest.mark.parametrize("normalization", ["renorm", "none"])
+@pytest.mark.parametrize("normalization", ["window", "renorm", "none"])
 @on_ranks(3)
 def test_a_learner_that_loads_a_state_goes_on_bit_for_bit(rank: Rank, normalization: str) -> None:
     # Three ranks: for two, a sum has only one order.

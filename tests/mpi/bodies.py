@@ -26,6 +26,7 @@ from syncaccum import (
     convert_sync_accum,
     lockstep,
     lookahead,
+    summary,
 )
 from syncaccum.integrations import mpi
 from tests.oracle import assert_unchanged, gather_global_batch, take_snapshot
@@ -296,7 +297,9 @@ def communicators_that_cannot_be_are_refused(comm: MPI.Intracomm) -> None:
             SyncAccumBatchNorm(3, process_group=between)
     freed = comm.Dup()
     layers = make_layers(freed, a=3)
+    assert summary(layers).layers[0].group == f"MPI, {comm.size} rank{'s' if comm.size > 1 else ''}"
     freed.Free()
+    assert summary(layers).layers[0].group == "MPI, freed"
     with pytest.raises(CommitError, match="it was freed"):
         commit(layers)
 

@@ -12,7 +12,14 @@ from tests.mpi import jobs
 from tests.multinode.same_weights import read_tensors
 
 # Six steps of six micro-batches, the same ones for 2 and for 3 ranks.
-OPTIONS = ["--window=12", "--micro-batch=2", "--train-images=72", "--epochs=1", "--dtype=float64"]
+OPTIONS = [
+    "--window=12",
+    "--micro-batch=2",
+    "--train-images=72",
+    "--epochs=1",
+    "--dtype=float64",
+    "--normalization=renorm",
+]
 # Trains once for each list of options: starting ranks takes longer than training.
 PROGRAM = "import sys\nfrom launch.train import main\nfor options in sys.argv[1:]: main(options.split())"
 

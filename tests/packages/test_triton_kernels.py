@@ -168,6 +168,36 @@ def test_nan_goes_where_torch_takes_it(cuda: StandIn, policy: str) -> None:
     assert torch.equal(here.window.pack().isnan(), there.window.pack().isnan())
 
 
+# Several programs, the first of which alone has NaN; and more channels than one of them looks at at a time.
+@pytest.mark.parametrize("channels", [130, 1100])
+def test_one_micro_batch_with_nan_spoils_no_other(cuda: StandIn, channels: int) -> None:
+    here, there = make_pair("window", channels, torch.float64)
+    for layer in (here, there):
+        with on_cpu():
+            layer(torch.ones(2, channels, 2, dtype=torch.float64)).sum().backward()
+        commit(layer)
+    bad, good = torch.randn(2, 3, channels, 2, dtype=torch.float64)
+    bad[1, 2, 1] = torch.nan
+    dy = torch.randn_like(good)
+    found = []
+    for layer in (here, there):
+        with pytest.MonkeyPatch.context() as patch, cuda.on_device(may_wait=True):
+            if layer is here:
+                patch.setattr(fused, "load_kernels", lambda: None)
+            y = layer(bad)
+            assert y.isnan().any()
+            y.backward(dy)
+            ledger = layer._accumulation.ledger
+            assert torch.equal(ledger.owed, torch.zeros_like(ledger.owed))
+            x = good.clone().requires_grad_()
+            y = layer(x)
+            found.append([y, *torch.autograd.grad(y, x, dy), ledger.owed])
+    for actual, expected in zip(*found, strict=True):
+        assert actual.isfinite().all()
+        torch.testing.assert_close(actual, expected)
+    assert {"syncaccum::find_window_vectors", "syncaccum::pay"} <= set(cuda.launched)
+
+
 def test_a_kernel_that_cannot_start_is_replaced_by_torch(cuda: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no driver")

@@ -1,10 +1,30 @@
-"""Both kinds of CPU passes, for the tests that are to hold with either."""
+"""What several files of unit tests run under: a process group, a signal, either kind of CPU passes."""
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+
 import pytest
+import torch.distributed as dist
 
 from syncaccum.layer import native
+from tests.unit.interrupts import raise_interrupt
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A default process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    before = signal.signal(signal.SIGUSR1, raise_interrupt)
+    yield
+    signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.fixture(params=["compiled", "torch"])

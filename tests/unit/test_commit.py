@@ -17,6 +17,8 @@ from syncaccum import (
     discard,
 )
 from syncaccum.errors import NoLayersError, TooFewValuesError
+from syncaccum.ranks.transport import Alone
+from syncaccum.window import spare
 from tests.oracle import assert_same_statistics, reference
 
 
@@ -39,6 +41,25 @@ def test_report_names_layers_values_ranks_and_seconds() -> None:
     assert report.values == {"0": 22, "1.0": 20}
     assert report.ranks == 1
     assert report.seconds > 0
+
+
+def test_a_report_is_numbers_under_a_prefix_for_loggers() -> None:
+    model = small_model()
+    model.append(convert_sync_accum(nn.BatchNorm1d(3).double()))
+    model[0](torch.randn(4, 3, 5).double())
+    model[1](torch.randn(2, 3).double())
+    report = commit(model)
+    assert report.as_dict() == {
+        "syncaccum/layers": 2,
+        "syncaccum/left_alone": 1,
+        "syncaccum/min_values": 2,
+        "syncaccum/max_values": 20,
+        "syncaccum/ranks": 1,
+        "syncaccum/seconds": report.seconds,
+    }
+    nothing = commit(model).as_dict(prefix="")
+    assert (nothing["layers"], nothing["left_alone"]) == (0, 3)
+    assert (nothing["min_values"], nothing["max_values"]) == (0, 0)
 
 
 def test_layers_that_saw_nothing_are_left_alone() -> None:
@@ -189,3 +210,85 @@ def test_a_shared_layer_is_committed_once() -> None:
     layer(torch.randn(4, 3))
     assert commit(model).layers == ("a",)
     assert layer.num_batches_tracked == 1
+
+
+@pytest.fixture
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of earlier tests is not taken."""
+    monkeypatch.setattr(spare, "_spare", {})
+
+
+def model_of(seed: int) -> tuple[nn.Sequential, list[nn.BatchNorm1d]]:
+    """A model with a window, and nn.BatchNorm layers that have had its global batch."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = (3, 1, 40)
+    model = convert_sync_accum(nn.Sequential(*map(nn.BatchNorm1d, widths)))
+    expected = []
+    for layer, width in zip(model, widths, strict=True):
+        window = [torch.randn(count, width, generator=generator) for count in (4, 3)]
+        expected.append(reference([window], width))
+        for x in window:
+            layer(x)
+    return model, expected
+
+
+def assert_committed(model: nn.Sequential, expected: list[nn.BatchNorm1d]) -> None:
+    for layer, other in zip(model, expected, strict=True):
+        assert_same_statistics(layer, other)
+
+
+@pytest.mark.usefixtures("both_passes", "no_memory")
+def test_a_commit_amid_anothers_all_reduce_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in two threads that train two models."""
+    commit(model_of(2)[0])  # which leaves memory that both would like
+    (first, expected), (second, others) = model_of(0), model_of(1)
+    meanwhile = [second]
+
+    def all_reduce(self: Alone, flat: torch.Tensor) -> None:
+        if meanwhile:
+            commit(meanwhile.pop())
+
+    monkeypatch.setattr(Alone, "all_reduce", all_reduce)
+    commit(first)
+    assert_committed(first, expected)
+    assert_committed(second, others)
+
+
+@pytest.mark.usefixtures("both_passes", "no_memory")
+def test_memory_of_a_lost_all_reduce_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, expected = model_of(0)
+    messages: list[torch.Tensor] = []
+
+    def all_reduce(self: Alone, flat: torch.Tensor) -> None:
+        messages.append(flat)
+        if len(messages) == 1:
+            raise CommitError("lost")
+        messages[0].fill_(7)  # as a peer that comes late may
+
+    monkeypatch.setattr(Alone, "all_reduce", all_reduce)
+    with pytest.raises(CommitError, match="lost"):
+        commit(model)
+    commit(model)
+    assert_committed(model, expected)
+
+
+@pytest.mark.usefixtures("both_passes", "no_memory")
+def test_memory_of_a_commit_is_used_in_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(Alone, "all_reduce", lambda self, flat: seen.append(flat.data_ptr()))
+    # What inference mode makes refuses to change outside of it.
+    for seed, inference in ((0, True), (1, False)):
+        model, expected = model_of(seed)
+        with torch.inference_mode(inference):
+            commit(model)
+        assert_committed(model, expected)
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.usefixtures("no_memory")
+def test_memory_is_kept_for_a_few_models_only() -> None:
+    for width in range(1, 30):
+        layer = convert_sync_accum(nn.BatchNorm1d(width))
+        layer(torch.ones(2, width))
+        commit(layer)
+    assert 0 < len(spare._spare) <= 8

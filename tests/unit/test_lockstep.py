@@ -383,12 +383,28 @@ def test_nesting() -> None:
         lockstep(layer, lambda x: lockstep(layer, layer, [x]), [torch.randn(3, 2)] * 2)
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoint_inside(reentrant: bool) -> None:
+@pytest.mark.parametrize("grad", [torch.no_grad, torch.enable_grad])
+def test_a_reentrant_checkpoint_inside(grad: Callable[[], Any]) -> None:
     layer = SyncAccumBatchNorm(2)
     parts = [torch.randn(3, 2, requires_grad=True) for _ in range(2)]
-    with pytest.raises(LockstepError, match=r"torch.utils.checkpoint.*switch checkpointing off"):
-        lockstep(layer, lambda x: checkpoint(layer, x, use_reentrant=reentrant), parts)
+
+    def forward(x: Tensor) -> Tensor:
+        with grad():
+            return layer(x)
+
+    with pytest.raises(
+        LockstepError, match=r"layer SyncAccumBatchNorm.*use_reentrant=True.*call checkpoint\(..., use_reentrant=F"
+    ):
+        lockstep(layer, lambda x: checkpoint(forward, x, use_reentrant=True), parts)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_around_it(reentrant: bool) -> None:
+    layer = SyncAccumBatchNorm(2)
+    with pytest.raises(LockstepError, match=r"lockstep runs under torch.utils.checkpoint.*inside of forward"):
+        checkpoint(
+            lambda x: lockstep(layer, layer, [x, x])[0], torch.randn(3, 2).requires_grad_(), use_reentrant=reentrant
+        )
 
 
 def test_different_layers_are_both_named() -> None:

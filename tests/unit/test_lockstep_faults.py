@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import linecache
 import os
 import random
@@ -14,14 +13,14 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch._dynamo
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import eval_frame
@@ -30,17 +29,10 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import spectral_norm as old_spectral_norm
 
 from syncaccum import LockstepError, SyncAccumBatchNorm, convert_sync_accum, lockstep
+from tests.unit.interrupts import Interrupt, arrived
 from tests.unit.test_lockstep import assert_same_gradients
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
-
-
-@pytest.fixture
-def group() -> Iterator[None]:
-    """A default process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def small(*between: nn.Module) -> nn.Sequential:
@@ -259,18 +251,6 @@ def test_forwards_that_rightly_meet_nobody_are_taken(kind: str) -> None:
 # --- interrupts -----------------------------------------------------------------------------------------------
 
 
-class Interrupt(BaseException):
-    """As KeyboardInterrupt, but nobody else's."""
-
-
-arrived = threading.Event()
-
-
-def raise_interrupt(*_: Any) -> None:
-    arrived.set()
-    raise Interrupt
-
-
 def interrupt(thread: int) -> None:
     """Send a signal to the main thread, and let it do what it does then, also on a busy machine."""
     arrived.clear()
@@ -282,13 +262,6 @@ def interrupt(thread: int) -> None:
 def names_of_lockstep_threads() -> list[str]:
     """Of those still alive; other tests leave threads of torch's compiler."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("syncaccum-lockstep")]
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    before = signal.signal(signal.SIGUSR1, raise_interrupt)
-    yield
-    signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.mark.parametrize("interrupting", [0, 1, 2])
@@ -383,15 +356,24 @@ def test_an_interrupt_at_any_moment_leaves_all_or_nothing(interruptible: None) -
     assert interrupted == 300
 
 
-def interrupt_at_line(number: int) -> Callable[..., Any]:
-    """A tracer that raises before the line of the exact mode with this number, in order of execution."""
-    lines = itertools.count()
+class Line(NamedTuple):
+    """A line of the exact mode, and how often it had run before."""
+
+    file: str
+    number: int
+    runs: int
+
+
+def trace_lines(arrive: Callable[[Line], None]) -> Callable[..., Any]:
+    """A tracer that calls `arrive` before each line of the exact mode."""
+    runs: Counter[tuple[str, int]] = Counter()
 
     def trace_line(frame: Any, event: str, argument: Any) -> Any:
+        place = frame.f_code.co_filename, frame.f_lineno
         # Python lets no signal in between the end of a `with` and its exit; a tracer could.
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-        if event == "line" and not line.startswith("with ") and next(lines) == number:
-            raise Interrupt
+        if event == "line" and not linecache.getline(*place).strip().startswith("with "):
+            runs[place] += 1
+            arrive(Line(*place, runs[place] - 1))
         return trace_line
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
@@ -405,32 +387,40 @@ def test_an_interrupt_before_any_line_leaves_all_or_nothing(group: None) -> None
     model, _ = pair(lambda: small(parametrizations.orthogonal(nn.Linear(4, 4))))
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
     parts = parts_of(3, 3)
-    lockstep(ddp, ddp, parts)
-    assert_nothing_is_left(model, 6)
-    kept: list[int] = []
-    whole = 0
-    tracer = sys.gettrace()
-    # Waits take a line more or less, as the machine is busy.
-    # So the end is 20 numbers in a row that no line had.
-    for number in itertools.count():
-        sys.settrace(interrupt_at_line(number))
+
+    def traced(arrive: Callable[[Line], None]) -> None:
+        tracer = sys.gettrace()
+        sys.settrace(trace_lines(arrive))
         try:
             lockstep(ddp, ddp, parts)
-        except Interrupt:
-            whole = 0
-        else:
-            whole += 1
         finally:
             sys.settrace(tracer)
+
+    lines: list[Line] = []
+    traced(lines.append)
+    assert_nothing_is_left(model, 6)
+
+    def interrupt_at(line: Line) -> Callable[[Line], None]:
+        def arrive(at: Line) -> None:
+            if at == line:
+                raise Interrupt
+
+        return arrive
+
+    kept: list[int] = []
+    # A wait for threads to end asks again and again, the busier the machine the more often.
+    for line in (line for line in lines if line.runs < 30):
+        try:
+            traced(interrupt_at(line))
+        except Interrupt:
+            kept.append(assert_nothing_is_left(model, 6))
+        else:
+            # This time, a wait had fewer rounds.
+            assert assert_nothing_is_left(model, 6) == 6, line
         assert (ddp.require_forward_param_sync, ddp.require_backward_grad_sync) == (True, True)
-        windows = assert_nothing_is_left(model, 6)
-        if whole == 20:
-            break
-        if whole == 0:
-            kept.append(windows)
     # Before some line nothing is kept, after it all.
     assert set(kept) == {0, 6}
-    assert kept[0] == 0
+    assert kept == sorted(kept)
 
 
 # --- other state ----------------------------------------------------------------------------------------------

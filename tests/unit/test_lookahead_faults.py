@@ -8,14 +8,13 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import eval_frame
@@ -24,33 +23,16 @@ from torch.utils.checkpoint import checkpoint
 
 from syncaccum import LockstepError, SyncAccumBatchNorm, commit, convert_sync_accum, join, lookahead, not_counted
 from syncaccum.layer.surroundings import lockstep_here
+from tests.unit.interrupts import Interrupt
 from tests.unit.test_convert import BatchNormAct2d
 from tests.unit.test_lockstep import assert_same_gradients, images, pair
-from tests.unit.test_lockstep_faults import Interrupt, raise_interrupt
+from tests.unit.test_lockstep_faults import parts_of
 
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    before = threading.active_count()
-    yield
-    assert threading.active_count() == before
-
-
-@pytest.fixture
-def group() -> Iterator[None]:
-    """A default process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
 def small(*more: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4), *more)
-
-
-def parts_of(*sizes: int, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(n, 4, dtype=torch.float64, generator=generator) for n in sizes]
 
 
 def loss_of(y: Tensor) -> Tensor:
@@ -64,6 +46,12 @@ def walk(model: nn.Module, parts: Sequence[Any], run: Callable[[Any], Tensor] | 
 
 def layers_of(model: nn.Module) -> list[SyncAccumBatchNorm]:
     return [layer for layer in model.modules() if isinstance(layer, SyncAccumBatchNorm)]
+
+
+def test_another_model_is_refused_with_the_name_of_the_call() -> None:
+    model, other = pair(small)
+    with pytest.raises(LockstepError, match="passed to lookahead; a forward without BatchNorm needs no lookahead"):
+        walk(model, parts_of(2, 3), other)
 
 
 # --- loops that are left --------------------------------------------------------------------------------------
@@ -193,13 +181,6 @@ def test_inside_the_forward_of_ddp_it_is_refused(group: None, given: str) -> Non
 
 
 # --- interrupts -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    before = signal.signal(signal.SIGUSR1, raise_interrupt)
-    yield
-    signal.signal(signal.SIGUSR1, before)
 
 
 class Counting(nn.Module):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncaccum
-from syncaccum import SyncAccumBatchNorm
+from syncaccum import SyncAccumBatchNorm, commit
 from syncaccum.layer import native
 from syncaccum.layer.measure import Measured, measure
 from syncaccum.layer.passes import normalize, normalize_together
@@ -91,6 +94,85 @@ def test_they_are_as_right_as_the_dtype_allows(
                 torch.testing.assert_close(got.double(), exact, rtol=rtol, atol=atol, msg=f"{name}: {{}}".format)
                 if got.shape == x.shape:
                     assert got.stride() == x.stride()
+
+
+def train_two_windows(
+    layer: SyncAccumBatchNorm, micro_batches: list[tuple[Tensor, Tensor]], order: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """Outputs and gradients of them all, two a window; each pays what those before it owe."""
+    results = []
+    for index, (data, dy) in enumerate(micro_batches):
+        x = order(data).requires_grad_()
+        y = layer(x)
+        results += [y, *torch.autograd.grad(y, (x, *layer.parameters()), order(dy))]
+        if index % 2:
+            commit(layer)
+    return results
+
+
+@needs_them
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "shape", [(1, 5), (33, 129), (70_001, 3), (5, 3, 1, 1), (2, 3, 211, 97), (8, 64, 7, 7)], ids=str
+)
+def test_policy_window_is_as_right_as_the_dtype_allows(
+    shape: tuple[int, ...], order: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    made = [((torch.randn(shape) * 2 + 0.7).to(dtype), torch.randn(shape).to(dtype)) for _ in range(4)]
+    # A weight of another dtype than the data stays float32.
+    layer = SyncAccumBatchNorm(shape[1], normalization="window", dtype=torch.promote_types(dtype, torch.float32))
+    exact = copy.deepcopy(layer).double()
+    actual = train_two_windows(layer, made, order)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_library", None)
+        expected = train_two_windows(exact, [(x.double(), dy.double()) for x, dy in made], order)
+    for got, wanted in zip(actual, expected, strict=True):
+        # As above; in float64 a window's variance is a difference of sums.
+        rtol = 1e-11 if dtype == torch.float64 else 4 * torch.finfo(got.dtype).eps
+        atol = rtol * max(1.0, float(wanted.detach().abs().max()))
+        torch.testing.assert_close(got.double(), wanted, rtol=rtol, atol=atol)
+
+
+@needs_them
+@pytest.mark.parametrize("policy", ["window", "renorm", "batch", "running"])
+def test_a_forward_and_a_backward_are_one_call_each(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, seen = SyncAccumBatchNorm(6, normalization=policy), []
+
+    def watched(name: str) -> Callable[[bytes], None]:
+        function = getattr(native._library, name)
+
+        def call(packed: bytes) -> None:
+            seen.append(name)
+            function(packed)
+
+        return call
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(native._library, name, watched(name))
+    for _ in range(2):
+        layer(torch.randn(4, 6, 5, 5).requires_grad_()).sum().backward()
+        commit(layer)
+    assert seen == ["forward", "backward"] * 2
+
+
+@needs_them
+@pytest.mark.parametrize("policy", ["window", "renorm", "batch", "running"])
+def test_a_backward_that_is_watched_gives_the_same_gradients(policy: str) -> None:
+    gradients = []
+    for mode in (nullcontext(), Watch()):
+        torch.manual_seed(0)
+        layer = SyncAccumBatchNorm(6, normalization=policy, dtype=torch.float64)
+        for _ in range(2):
+            x = torch.randn(4, 6, 5, 5, dtype=torch.float64, requires_grad=True)
+            y = layer(x)
+            with mode:
+                y.square().sum().backward()
+            commit(layer)
+        gradients.append([x.grad, layer.weight.grad, layer.bias.grad])
+        assert not isinstance(mode, Watch) or mode.seen
+    torch.testing.assert_close(*gradients)
 
 
 @needs_them
@@ -221,6 +303,32 @@ def test_an_environment_variable_switches_them_off(setting: str) -> None:
     else:
         assert "SYNCACCUM_NATIVE" not in told.stdout
         assert told.stdout.startswith(("compiled", "torch ("))
+
+
+@needs_them
+@pytest.mark.parametrize(
+    ("name", "before", "after", "which"),
+    [
+        ("passes.cpp", "", "", "compiled"),
+        ("passes.cpp", "double eps, prior_count", "double prior_count, eps", "was built from another version"),
+        ("fold.cpp", "n / (n - 1)", "1.0", "was built from another version"),
+        ("build.py", '"-O3"', '"-O2"', "was built from another version"),
+    ],
+    ids=["as it was", "another struct", "another fold", "other flags"],
+)
+def test_a_library_of_another_source_is_refused(name: str, before: str, after: str, which: str, tmp_path: Path) -> None:
+    """Its structs may have other fields: it would give wrong numbers without a word."""
+    copied = tmp_path / "syncaccum"
+    shutil.copytree(Path(syncaccum.__file__).parent, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    source = copied / "layer/kernels" / name
+    text = source.read_text()
+    assert before in text
+    source.write_text(text.replace(before, after))
+    code = "from syncaccum.layer import native; print(native.which())"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    told = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert which in told.stdout
 
 
 def test_a_build_without_a_compiler_says_so_and_fails_nothing(tmp_path: Path) -> None:

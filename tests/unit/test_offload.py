@@ -113,6 +113,33 @@ def test_parking_changes_no_gradient() -> None:
     assert_same_gradients(model, reference)
 
 
+def test_a_tensor_that_several_nodes_save_is_in_host_memory_once() -> None:
+    x = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    store = DeviceStore()
+    DeviceStore.made.pop()
+    with store.hooks():
+        y = x.exp()
+        loss = (y.sin() + y.cos()).sum()
+    assert len(store.alive()) == 3
+    assert len({parked.host.data_ptr() for parked in store.alive()}) == 1
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
+        torch.testing.assert_close(gradient, (y.cos() - y.sin()).detach() * x.exp())
+        assert store.waiting() == 0
+
+
+def test_what_is_written_to_in_between_is_copied_again() -> None:
+    store = DeviceStore()
+    DeviceStore.made.pop()
+    x = torch.randn(5)
+    before = x.clone()
+    packed: list[Any] = [store._pack(x)]
+    x.add_(1)
+    packed += [store._pack(x), store._pack(x[:3])]
+    for one, expected in zip(packed, (before, x, x[:3]), strict=True):
+        assert torch.equal(store._unpack(one), expected)
+
+
 def test_a_graph_can_be_walked_again() -> None:
     model, _ = pair()
     loss = loss_of(run_offloaded(model, images(2, 3))[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,10 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 import syncaccum
 from syncaccum import SyncAccumBatchNorm, commit, convert_sync_accum, discard, not_counted
+from syncaccum.layer.replay import Record
 
 FLOOR = 0.1
 SHAPE = (4, 3, 2, 5)  # of a micro-batch: 40 values per channel, 10 per sample
 DIMS = (0, 2, 3)
+
+both_passes = pytest.mark.usefixtures("both_passes")
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -125,6 +128,7 @@ class Oracle:
 # --- the formulas ----------------------------------------------------------------------------------------------
 
 
+@both_passes
 def test_windows_of_any_length_follow_the_formulas() -> None:
     layer = make_layer()
     oracle = Oracle(layer)
@@ -134,6 +138,7 @@ def test_windows_of_any_length_follow_the_formulas() -> None:
         oracle.commit()
 
 
+@both_passes
 def test_in_total_a_window_of_the_expected_length_pays_what_it_owes() -> None:
     layer = make_layer(affine=False)
     for window in range(3):
@@ -209,6 +214,7 @@ def test_statistics_that_are_loaded_or_reset_replace_the_last_window() -> None:
     Oracle(layer).check_window(layer, 0, (4, 4))
 
 
+@both_passes
 def test_a_large_mean_costs_no_more_than_its_digits() -> None:
     # float32 carries a mean of 1e4 deviations to 1e-3 of a deviation.
     layer = SyncAccumBatchNorm(3, normalization="window")
@@ -260,6 +266,7 @@ def make_second_window() -> tuple[SyncAccumBatchNorm, Oracle]:
     return layer, oracle
 
 
+@both_passes
 def test_forwards_that_do_not_count_leave_statistics_and_books_alone() -> None:
     layer, oracle = make_second_window()
     with not_counted(layer):
@@ -306,6 +313,7 @@ def test_windows_without_a_backward_change_no_expectation() -> None:
     oracle.check_window(layer, 40, (4, 4))
 
 
+@both_passes
 def test_a_backward_after_the_commit_of_its_window_has_its_own_share_and_leaves_the_books_alone() -> None:
     layer, oracle = make_second_window()
     x, dy = draw(30).requires_grad_(), draw(31)
@@ -321,6 +329,7 @@ def test_a_backward_after_the_commit_of_its_window_has_its_own_share_and_leaves_
     oracle.check_window(layer, 50, (4, 4))
 
 
+@both_passes
 def test_two_backward_walks_of_one_graph_are_as_one_of_their_sum() -> None:
     gradients = []
     for walks in (2, 1):
@@ -338,6 +347,23 @@ def test_two_backward_walks_of_one_graph_are_as_one_of_their_sum() -> None:
     torch.testing.assert_close(*gradients)
 
 
+def test_what_two_backward_walks_at_once_pay_is_taken_off_once_each() -> None:
+    """Two threads may ask before either has paid."""
+    layer, _ = make_second_window()
+    ledger = layer._accumulation.ledger
+    assert ledger is not None
+    owed = ledger.owed.clone()
+    records = [Record(torch.ones(7, dtype=torch.float64), ledger.number, 10**9 + i, True) for i in range(2)]
+    sums = [draw(50 + i, 6) for i in range(2)]
+    dues = [ledger.ask(2, 10, record) for record in records]
+    for due, batch, record in zip(dues, sums, records, strict=True):
+        ledger.book(due, batch, 20, record)
+    paid = sum(20 * due.feedback(batch) for due, batch in zip(dues, sums, strict=True))
+    torch.testing.assert_close(ledger.owed, owed + sum(sums) - paid)
+    assert ledger.done == 40 + 2 * 20
+
+
+@both_passes
 def test_a_layer_visited_twice_pools_its_sums() -> None:
     layer = make_layer()
     for window in range(2):
@@ -397,8 +423,13 @@ def test_another_policy_and_back_forgets_the_books() -> None:
 # --- saved windows ---------------------------------------------------------------------------------------------
 
 
-def test_a_saved_window_goes_on_bit_for_bit() -> None:
+@pytest.mark.parametrize("windows", [0, 1, 2, 4])
+def test_a_saved_window_goes_on_bit_for_bit(windows: int) -> None:
     layer, _ = make_second_window()
+    for window in range(windows):
+        layer(draw(70 + window).requires_grad_()).sum().backward()
+        commit(layer)
+        layer(draw(80 + window).requires_grad_()).sum().backward()
     other = make_layer()
     other.load_state_dict(layer.state_dict())
     syncaccum.load_window_state_dict(other, syncaccum.window_state_dict(layer))
@@ -440,6 +471,7 @@ def test_a_gathered_state_of_one_rank_goes_on() -> None:
 # --- second forwards -------------------------------------------------------------------------------------------
 
 
+@both_passes
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("counts", [True, False])
 def test_a_checkpoint_gives_the_gradient_of_its_first_forward(reentrant: bool, counts: bool) -> None:
@@ -462,13 +494,32 @@ def test_a_checkpoint_gives_the_gradient_of_its_first_forward(reentrant: bool, c
     torch.testing.assert_close(*gradients)
 
 
-def test_a_checkpoint_whose_first_forward_is_not_of_this_window_is_an_error() -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("end", [commit, discard])
+def test_a_checkpoint_gives_the_gradient_of_its_first_forward_after_the_windows_end(
+    end: Callable[[nn.Module], object], reentrant: bool
+) -> None:
+    gradients = []
+    for saves in (True, False):
+        layer = make_layer()
+        x = draw(0).requires_grad_()
+        y = checkpoint(layer, x, use_reentrant=reentrant) if saves else layer(x)
+        end(layer)
+        if not reentrant:
+            layer(draw(1).requires_grad_()).sum().backward()
+        (y * draw(2)).sum().backward()
+        assert layer.window.count == (0 if reentrant else draw(1)[:, 0].numel())
+        gradients.append([x.grad, *(p.grad for p in layer.parameters())])
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_reentrant_checkpoint_whose_first_forward_is_not_of_this_window_is_an_error() -> None:
     layer = make_layer()
     y = checkpoint(layer, draw(0).requires_grad_(), use_reentrant=True)
     commit(layer)
     with torch.no_grad():
         layer(draw(1))
-    with pytest.raises(RuntimeError, match="this window has had no such forward"):
+    with pytest.raises(RuntimeError, match="there was no such forward"):
         y.sum().backward()
 
 
@@ -479,7 +530,7 @@ def test_a_checkpoint_with_other_values_is_an_error() -> None:
         return layer(x + torch.randn(SHAPE, dtype=torch.float64))
 
     y = checkpoint(forward, draw(0).requires_grad_(), use_reentrant=False, preserve_rng_state=False)
-    with pytest.raises(RuntimeError, match="this window has had no such forward"):
+    with pytest.raises(RuntimeError, match="there was no such forward"):
         y.sum().backward()
 
 
@@ -506,6 +557,7 @@ def test_transforms_differentiate_the_own_share_and_leave_the_books_alone() -> N
     oracle.check(layer, 40)
 
 
+@both_passes
 def test_a_gradient_of_the_gradient_takes_statistics_and_feedback_for_constants() -> None:
     layer, oracle = make_second_window()
     x, dy = draw(30).requires_grad_(), draw(31).requires_grad_()

@@ -104,6 +104,20 @@ def test_the_handle_is_a_context(commits: list[list[str]]) -> None:
     assert len(commits) == 1
 
 
+def test_the_handle_keeps_the_last_commits_report() -> None:
+    model = make_model()
+    optimizer = sgd(model)
+    handle = commit_on_step(model, optimizer)
+    reports: list[Any] = [handle.report]
+    for micro_batches in (2, 1):
+        for _ in range(micro_batches):
+            backward(model)
+        optimizer.step()
+        reports.append(handle.report)
+    assert reports[0] is None
+    assert [report.values for report in reports[1:]] == [{"1": 8}, {"1": 4}]
+
+
 # --- which steps are seen ---------------------------------------------------------------------------------------
 
 

@@ -11,21 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncaccum import torch_private
-
-
-@pytest.fixture
-def group() -> Any:
-    """A default process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_the_base_of_every_batch_norm() -> None:
@@ -173,6 +164,23 @@ def test_the_innermost_saved_tensor_hooks() -> None:
         assert torch_private.saved_tensor_hooks() == (pack, unpack)
 
 
+def test_all_saved_tensor_hooks_stay_in_force() -> None:
+    def packs(tensor: Tensor) -> Tensor:
+        return tensor
+
+    def unpacks(tensor: Tensor) -> Tensor:
+        return tensor * 2
+
+    saving, both = torch.autograd.graph.saved_tensors_hooks, [(packs, unpacks), (packs, packs)]
+    assert torch_private.all_saved_tensor_hooks() == []
+    with saving(packs, packs):
+        with saving(packs, unpacks):
+            for _ in range(2):
+                assert torch_private.all_saved_tensor_hooks() == both
+        assert torch_private.all_saved_tensor_hooks() == both[1:]
+    assert torch_private.all_saved_tensor_hooks() == []
+
+
 class _FunctionMode(TorchFunctionMode):
     calls = 0
 
@@ -209,6 +217,10 @@ def test_dispatch_modes_are_seen_and_put_in_force() -> None:
     mode.calls = 0
     with torch_private.in_dispatch_mode(mode):
         torch.add(torch.ones(1), 1)
+        with torch_private.without_dispatch_modes():
+            torch.add(torch.ones(1), 1)
+            assert torch_private.dispatch_modes() == []
+        assert torch_private.dispatch_modes() == [mode]
     assert mode.calls == 2
     assert torch_private.dispatch_modes() == []
 

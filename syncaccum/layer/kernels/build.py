@@ -6,18 +6,22 @@ runs this file, too, in an environment without torch.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCE = HERE / "passes.cpp"
 # Sums may be reordered where the source says so only.
 # Floating-point exceptions and errno, which nobody reads, forbid vectors.
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+# With flags of its own each. A product and a sum fused into one operation
+# would round otherwise than torch's two, and ranks need the same bits.
+SOURCES: dict[str, list[str]] = {"passes.cpp": [], "fold.cpp": ["-ffp-contract=off"]}
 # One library for each that torch.backends.cpu.get_cpu_capability() may answer:
 # who builds need not be who runs.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -28,6 +32,16 @@ CAPABILITIES = {"DEFAULT": [], "AVX2": _AVX2, "AVX512": _AVX512}
 def library_for(capability: str) -> Path:
     """Where the library is, or will be."""
     return HERE / f"passes.{capability}.so"
+
+
+def is_current(capability: str) -> bool:
+    """Whether the library was built from the source and the flags that are here now."""
+    return _take_fingerprint(capability).encode() in library_for(capability).read_bytes()
+
+
+def _take_fingerprint(capability: str) -> str:
+    source = b"".join((HERE / name).read_bytes() for name in SOURCES)
+    return hashlib.sha256(source + repr((FLAGS, SOURCES, CAPABILITIES[capability])).encode()).hexdigest()
 
 
 def build() -> list[Path]:
@@ -46,9 +60,17 @@ def _compile(capability: str, flags: list[str]) -> Path:
     path = library_for(capability)
     # Moved into place whole: another process may load it meanwhile.
     unfinished = path.with_suffix(f".{os.getpid()}")
-    command = [*compiler, *FLAGS, *flags, str(SOURCE), "-o", str(unfinished)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    mark = f'-DSYNCACCUM_SOURCE="{_take_fingerprint(capability)}"'
+    with tempfile.TemporaryDirectory() as folder:
+        objects = [str(Path(folder, source).with_suffix(".o")) for source in SOURCES]
+        for (source, its_flags), compiled in zip(SOURCES.items(), objects, strict=True):
+            _run([*compiler, *FLAGS, *flags, *its_flags, mark, "-c", str(HERE / source), "-o", compiled])
+        _run([*compiler, "-shared", *objects, "-o", str(unfinished)])
     return unfinished.replace(path)
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 def main() -> None:

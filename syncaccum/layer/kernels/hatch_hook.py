@@ -11,7 +11,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
-class CompilePasses(BuildHookInterface[Any]):  # type: ignore[misc] # hatchling is there at build time only
+class CompilePasses(BuildHookInterface[Any]):  # type: ignore[misc, unused-ignore] # hatchling need not be there
     """Puts the libraries into the wheel, or beside the source in an editable install. No compiler is no error."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:

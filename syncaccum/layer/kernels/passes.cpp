@@ -391,7 +391,7 @@ struct ChannelMoments {
 };
 
 // What a forward applies: nothing; a normalizer that is given; or one of syncaccum/layer/policies.py.
-enum Policy : int64_t { kNone, kGiven, kRunning, kBatch, kRenorm };
+enum Policy : int64_t { kNone, kGiven, kRunning, kBatch, kRenorm, kWindow };
 
 }  // namespace
 
@@ -410,6 +410,7 @@ struct SyncaccumForward {
   int64_t mean_dtype;
   const void* committed_variance;
   int64_t variance_dtype;
+  const double* others;  // packed moments
   double *center, *scale, *gain, *offset;  // read if the policy is kGiven, else written
   const void* weight;
   int64_t weight_dtype;
@@ -429,6 +430,7 @@ struct SyncaccumBackward {
   int64_t weight_dtype;
   double feedback;          // NaN stands for statistics that are constants
   const double* feedbacks;  // for each channel another one
+  const double* owed;       // what others add to the two sums that the gradient of x takes
   void* dweight;
   int64_t dweight_dtype;
   void* dbias;
@@ -447,6 +449,15 @@ void write_normalizer(const ForwardCall& call, double n, int64_t c, double mean,
   if (call.policy == kBatch) {
     call.center[c] = mean;
     call.scale[c] = 1 / std::sqrt(variance + call.eps);
+    return;
+  }
+  if (call.policy == kWindow) {
+    const double all = call.others[0] + n;
+    const double center = (call.others[1 + c] + n * mean) / all;
+    const double square = (call.others[1 + call.channels + c] + n * (variance + mean * mean)) / all;
+    const double found = square - center * center;
+    call.center[c] = center;
+    call.scale[c] = 1 / std::sqrt((found < 0 ? 0 : found) + call.eps);
     return;
   }
   const double mu = Vector{call.committed_mean, call.mean_dtype}.at(c, 0);
@@ -538,7 +549,9 @@ void backward(const BackwardCall& call, const Order& order) {
     const int64_t c = i % channels;
     const double a = call.scale[c] * value_or(call.gain, c, 1) * weight.at(c, 1);
     const double pull = is_constant ? 0 : -a * value_or(call.feedbacks, c, call.feedback);
-    by.set(i, a, is_constant ? 0 : pull * call.scale[c] * second[c], call.center[c], is_constant ? 0 : pull * first[c]);
+    const double sum_dy = first[c] + value_or(call.owed, c, 0);
+    const double sum_dy_xhat = second[c] + value_or(call.owed, channels + c, 0);
+    by.set(i, a, is_constant ? 0 : pull * call.scale[c] * sum_dy_xhat, call.center[c], is_constant ? 0 : pull * sum_dy);
   };
   auto set_coefficients = [&] {
     for (int64_t i = 0; i < order.width(); ++i) set_coefficient(i);
@@ -581,9 +594,9 @@ void backward(const BackwardCall& call, const Order& order) {
 
 extern "C" {
 
-// Changes with what is above: native.py refuses a library that was built from an older source.
-extern const int64_t syncaccum_interface;
-const int64_t syncaccum_interface = 2;
+// build.py's fingerprint of this file: native.py refuses a library that was built from another one.
+extern const char syncaccum_source[];
+const char syncaccum_source[] = SYNCACCUM_SOURCE;
 
 // Moments of x where `moments` is given, and (x - center) scale gain weight + ... where `y` is.
 void syncaccum_forward(const SyncaccumForward* call) {

@@ -10,6 +10,10 @@ import triton.language as tl
 _BATCH = tl.constexpr(3)
 _RENORM = tl.constexpr(4)
 
+# What all programs must know alike, each looks at itself: so many
+# numbers at a time, which for most layers is all of them.
+_SCAN = tl.constexpr(1024)
+
 
 @triton.jit(do_not_specialize=["n", "divisor"])
 def find_vectors(
@@ -92,7 +96,7 @@ def find_window_vectors(
     EPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The same under policy "window".
+    """The same under policy "window". A window that is not finite counts for nothing.
 
     wide: packed moments of the micro-batch, then of what it is counted together with; 2 + 4 C numbers.
     squares: get ``samples`` times the mean's square where the micro-batch counts.
@@ -103,19 +107,23 @@ def find_window_vectors(
     _pack(wide, m, v, n, c, inside, channels)
     own = tl.cast(n, tl.float64)
     others = wide + 1 + 2 * channels
+    is_finite = _is_finite(window, 1 + 2 * channels)
+    known = tl.where(is_finite, tl.load(window), 0)
+    total = tl.where(is_finite, _load(window + 1, c, inside), 0)
+    total_sq = tl.where(is_finite, _load(window + 1 + channels, c, inside), 0)
     if KNOWS_PRIOR:
         alpha = tl.cast(of_sample, tl.float64)
-        known = tl.load(window) + alpha * tl.load(prior)
-        total = _load(window + 1, c, inside) + alpha * _load(prior + 1, c, inside)
-        total_sq = _load(window + 1 + channels, c, inside) + alpha * _load(prior + 1 + channels, c, inside)
+        known += alpha * tl.load(prior)
+        total += alpha * _load(prior + 1, c, inside)
+        total_sq += alpha * _load(prior + 1 + channels, c, inside)
     else:
         values = tl.cast(trained, tl.float64)
         if batches is not None:
             values = tl.where(tl.load(batches) == 0, tl.cast(untrained, tl.float64), values)
         mu, sigma = _load(committed_mean, c, inside), _load(committed_variance, c, inside)
-        known = tl.load(window) + values
-        total = _load(window + 1, c, inside) + values * mu
-        total_sq = _load(window + 1 + channels, c, inside) + values * (sigma + mu * mu)
+        known += values
+        total += values * mu
+        total_sq += values * (sigma + mu * mu)
     if tl.program_id(0) == 0:
         tl.store(wide, own)
         tl.store(others, known)
@@ -136,6 +144,29 @@ def find_window_vectors(
 @triton.jit
 def _load(pointer, c, inside):
     return tl.load(pointer + c, mask=inside, other=0).to(tl.float64)
+
+
+@triton.jit
+def _is_finite(pointer, size):
+    """Whether so many numbers are. As `drop_if_nonfinite`, by their sum."""
+    seen = _full(0.0, _SCAN)
+    for start in range(0, size, _SCAN):
+        k = start + tl.arange(0, _SCAN)
+        seen += _load(pointer, k, k < size)
+    return _has_finite_sum(seen)
+
+
+@triton.jit
+def _has_finite_sum(values):
+    # Not tl.sum: Triton's interpreter may have come too late for it.
+    total = tl.reduce(values, 0, _add)
+    # NaN less itself is NaN, and so is infinity's.
+    return total - total == 0
+
+
+@triton.jit
+def _add(a, b):
+    return a + b
 
 
 @triton.jit
@@ -178,12 +209,30 @@ def _store(narrow, center, scale, gain, offset, weight, bias, c, inside, channel
 
 @triton.jit(do_not_specialize=["payers", "n"])
 def pay(dy, dy_xmu, scale, owed, owed_after, each, payers, n, channels, AGAIN: tl.constexpr, BLOCK: tl.constexpr):
-    """`Ledger.pay`, from a micro-batch's sums of dy and of dy (x - center).
+    """`Ledger.pay`, from a micro-batch's sums of dy and of dy (x - center). Books that are not finite become zeros.
 
     payers: the bits of a float64 number; as a number it would be rounded to float32.
     each: what each value pays, as the passes take it: of dy, and of dy (x - center).
     """
+    seen = _full(0.0, _SCAN)
+    for start in range(0, channels, _SCAN):
+        k = start + tl.arange(0, _SCAN)
+        _, _, left, left_xhat, _ = _settle(dy, dy_xmu, scale, owed, payers, n, k, channels, AGAIN)
+        seen += left + left_xhat
+    is_finite = _has_finite_sum(seen)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < channels
+    first, second, left, left_xhat, s = _settle(dy, dy_xmu, scale, owed, payers, n, c, channels, AGAIN)
+    tl.store(owed_after + c, tl.where(is_finite, left, 0), mask=inside)
+    tl.store(owed_after + channels + c, tl.where(is_finite, left_xhat, 0), mask=inside)
+    dtype = each.dtype.element_ty
+    tl.store(each + c, first.to(dtype), mask=inside)
+    tl.store(each + channels + c, (second / s).to(dtype), mask=inside)
+
+
+@triton.jit
+def _settle(dy, dy_xmu, scale, owed, payers, n, c, channels, AGAIN: tl.constexpr):
+    """What each value pays, what is owed then, and the scale."""
     inside = c < channels
     s = tl.load(scale + c, mask=inside, other=1).to(tl.float64)
     first, second = _load(dy, c, inside), _load(dy_xmu, c, inside) * s
@@ -193,11 +242,7 @@ def pay(dy, dy_xmu, scale, owed, owed_after, each, payers, n, channels, AGAIN: t
     values = tl.cast(payers, tl.float64, bitcast=True)
     first, second = first / values, second / values
     taken = tl.cast(n, tl.float64)
-    tl.store(owed_after + c, total - taken * first, mask=inside)
-    tl.store(owed_after + channels + c, total_xhat - taken * second, mask=inside)
-    dtype = each.dtype.element_ty
-    tl.store(each + c, first.to(dtype), mask=inside)
-    tl.store(each + channels + c, (second / s).to(dtype), mask=inside)
+    return first, second, total - taken * first, total_xhat - taken * second, s
 
 
 @triton.jit(do_not_specialize=["values", "last"])
