@@ -106,6 +106,9 @@ copy_all = torch._foreach_copy_
 add_to_all = torch._foreach_add_
 """Add a number to each tensor in place, or a tensor of its own to each, all in one call."""
 
+scale_each = torch._foreach_mul
+"""Each tensor times a number of its own, as new tensors, all in one call."""
+
 zero_all = torch._foreach_zero_
 """Fill each tensor with zeros, all in one call."""
 

@@ -161,7 +161,7 @@ class _Again(torch.autograd.Function):
     def forward(ctx, visit, x, weight, bias, anchor):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x)
         ctx.name = visit.name
-        return apply_known(x, visit.measured(x), weight, bias, visit.norm)
+        return apply_known(x, visit.measured(x), weight, bias, visit.norm, visit.vectors)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from syncaccum.errors import CommitError, LockstepError, TooFewValuesError
-from syncaccum.layer.passes import ReduceSums
-from syncaccum.moments import Moments
+from syncaccum.layer.policies import ReduceSums
+from syncaccum.layer.state import Accumulating, committed_mean
+from syncaccum.moments import Moments, pack_statistics
 from syncaccum.ranks.agreement import HEADER, Agreement, Fingerprint, agreement_of
 from syncaccum.ranks.connect import connect, gather_texts
 from syncaccum.ranks.groups import Group
@@ -62,22 +63,41 @@ class Exchange:
     def is_alone(self) -> bool:
         return self._transport.size == 1
 
-    def open_visit(self, layer: str, origin: Tensor) -> Visit:
-        """The next meeting, at this layer, where all ranks measure from this float64 origin."""
+    def statistics(
+        self, layer: Accumulating, name: str, count: int, mean: Tensor, variance: Tensor
+    ) -> tuple[Visit, Tensor | int, Tensor, Tensor]:
+        """The next meeting, at this layer; everyone's count, mean and variance, from this rank's. Collective."""
+        if self.is_alone:
+            return self.visit_alone(name, count), max(count, 1), mean, variance
         self._visits += 1
+        # With a large mean, sums of squares lose the variance.
+        # So all subtract what all ranks have: the running mean.
+        committed = committed_mean(layer)
+        origin = torch.zeros_like(mean) if committed is None else committed
         # Bits add up to the same in any order.
-        checksum = 0 if self.is_alone else int(origin.view(torch.int64).sum())
-        return Visit(self._call, self._lockstep, self._visits, layer, checksum % 2**64)
-
-    def moments(self, visit: Visit, mine: Tensor, count: int) -> Moments:
-        """Everyone's moments, from this rank's packed ones. Collective."""
+        visit = self._visit(name, int(origin.view(torch.int64).sum()) % 2**64)
+        mine = pack_statistics(count, mean - origin, variance)
         everyones = Moments.unpack(self._reduce(visit, "forward", mine))
         # A rank with two values need not wait for the device.
-        if count < 2 and everyones.count == 1:
-            raise TooFewValuesError(
-                f"one value per channel in the whole global batch has no variance, in {visit.layer}"
-            )
-        return replace(everyones, count=everyones.count.clamp_min(1))  # no value at all: nothing is divided
+        if count < 2:
+            self._refuse_one_value(name, int(everyones.count))
+        # No value at all: nothing is divided.
+        everyones = replace(everyones, count=everyones.count.clamp_min(1))
+        return visit, everyones.count, everyones.mean + origin, everyones.variance
+
+    def visit_alone(self, layer: str, count: int) -> Visit:
+        """The next meeting, at this layer, with so many values, where this process is alone."""
+        self._visits += 1
+        self._refuse_one_value(layer, count)
+        return self._visit(layer, 0)
+
+    def _visit(self, layer: str, origin: int) -> Visit:
+        return Visit(self._call, self._lockstep, self._visits, layer, origin)
+
+    @staticmethod
+    def _refuse_one_value(layer: str, count: int) -> None:
+        if count == 1:
+            raise TooFewValuesError(f"one value per channel in the whole global batch has no variance, in {layer}")
 
     def sums_of(self, visit: Visit) -> ReduceSums | None:
         """What a layer's backward sums with; None where this process is alone."""

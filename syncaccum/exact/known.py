@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from syncaccum.exact.meeting_point import Arrival, Meeting
+from syncaccum.layer.gpu import Vectors
 from syncaccum.layer.measure import Measured, measure, measured_before
 from syncaccum.layer.memory_order import make_dense
-from syncaccum.layer.passes import ReduceSums, normalize_together
-from syncaccum.layer.policies import Normalizer
+from syncaccum.layer.passes import normalize_together
+from syncaccum.layer.policies import Normalizer, ReduceSums
 from syncaccum.layer.samples import distance, take_sample
 from syncaccum.layer.state import Accumulating
 
@@ -28,7 +29,7 @@ class KnownVisit:
     """From the moments of all ranks' micro-batches. ``feedback`` is 1: books say what each value pays."""
     is_far: bool
     """Whether the mean is so large that values are taken less it."""
-    total: Tensor
+    total: Tensor | int
     """Values per channel in all of them, on all ranks; a scalar."""
     counts: Sequence[int]
     """Values per channel in each of this rank's."""
@@ -38,6 +39,8 @@ class KnownVisit:
     """Whether all have the same weight and bias."""
     wants_gradient: bool
     """Whether its outputs have a graph."""
+    vectors: Vectors | None
+    """Of the meeting."""
 
     @classmethod
     def of(cls, meeting: Meeting, samples: Sequence[Tensor]) -> KnownVisit:
@@ -55,6 +58,7 @@ class KnownVisit:
             samples,
             meeting.shares_parameters,
             meeting.wants_gradient,
+            meeting.vectors,
         )
 
     def equals(self, other: KnownVisit) -> bool:

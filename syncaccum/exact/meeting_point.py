@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from syncaccum.errors import LockstepError
 from syncaccum.exact.exchange import Exchange
+from syncaccum.layer import fused
 from syncaccum.layer.accumulate import accumulate_together
+from syncaccum.layer.gpu import Vectors
 from syncaccum.layer.measure import Measured, measure, merge
 from syncaccum.layer.memory_order import make_dense, per_channel
-from syncaccum.layer.passes import ReduceSums, normalize_together
-from syncaccum.layer.policies import Normalizer
-from syncaccum.layer.state import Accumulating, committed_mean
+from syncaccum.layer.passes import normalize_together
+from syncaccum.layer.policies import Normalizer, ReduceSums
+from syncaccum.layer.state import Accumulating
 from syncaccum.moments import pack_statistics
 from syncaccum.ranks.groups import Group, resolve_group
 from syncaccum.torch_private import Hooks, all_saved_tensor_hooks
@@ -48,7 +50,7 @@ class Meeting:
     name: str
     arrivals: Sequence[Arrival]
     measured: Sequence[Measured]
-    count: Tensor
+    count: Tensor | int
     """Values per channel of all ranks; a scalar."""
     norm: Normalizer
     """From the moments of all ranks' micro-batches."""
@@ -56,12 +58,13 @@ class Meeting:
     """What a backward over all of them sums with; None where this process is alone."""
     give_up: Callable[[], None]
     """What a backward calls in place of ``reduce_sums`` to tell the other ranks that it fails. Collective."""
+    vectors: Vectors | None = None
+    """The normalizer with their weight and bias, where a kernel has made them."""
 
     @property
     def shares_parameters(self) -> bool:
         """Whether all micro-batches have the same weight and bias, and not each its own."""
-        first = self.arrivals[0]
-        return all(a.weight is first.weight and a.bias is first.bias for a in self.arrivals)
+        return _share_parameters(self.arrivals)
 
     @property
     def wants_gradient(self) -> bool:
@@ -71,6 +74,10 @@ class Meeting:
         return first.grad and any(
             v is not None and v.requires_grad for v in (*(a.x for a in self.arrivals), *parameters)
         )
+
+
+def _share_parameters(arrivals: Sequence[Arrival]) -> bool:
+    return all(a.weight is arrivals[0].weight and a.bias is arrivals[0].bias for a in arrivals)
 
 
 Normalize = Callable[[Meeting], Callable[[int], Tensor]]
@@ -173,22 +180,43 @@ class MeetingPoint:
         exchange = self.exchange_of(first.layer)
         with torch.no_grad():
             measured = [a.measured or measure(a.x) for a in arrivals]
-            count, mean, variance = merge(measured)
-            # With a large mean, sums of squares lose the variance.
-            # So all subtract what all ranks have: the running mean.
-            committed = committed_mean(first.layer)
-            origin = mean if exchange.is_alone else torch.zeros_like(mean) if committed is None else committed
-            visit = exchange.open_visit(name, origin)
-            everyones = exchange.moments(visit, pack_statistics(count, mean - origin, variance), count)
-            if first.counts:
-                mine = torch.stack([m.sums() for m in measured]).sum(0)
-                self.statistics[first.layer] = mine + self.statistics.get(first.layer, 0)
-            scale = torch.rsqrt(everyones.variance + first.eps)
-            # 1/n of all values: the feedback of the global batch.
-            norm = Normalizer(everyones.mean + origin, scale, None, None, 1 / everyones.count)
-        give_up = partial(exchange.give_up, visit.number)
-        sums_of = exchange.sums_of(visit)
-        return self._mode.normalize(Meeting(name, arrivals, measured, everyones.count, norm, sums_of, give_up))
+            meeting = self._meet_alone(name, arrivals, measured, exchange)
+            if meeting is None:
+                meeting = self._meet_all(name, arrivals, measured, exchange)
+        return self._mode.normalize(meeting)
+
+    def _meet_all(
+        self, name: str, arrivals: Sequence[Arrival], measured: Sequence[Measured], exchange: Exchange
+    ) -> Meeting:
+        first = arrivals[0]
+        count, mean, variance = merge(measured)
+        visit, total, center, spread = exchange.statistics(first.layer, name, count, mean, variance)
+        self._count(first, pack_statistics(count, mean, variance))
+        # 1/n of all values: the feedback of the global batch.
+        norm = Normalizer(center, torch.rsqrt(spread + first.eps), None, None, 1 / total)
+        return Meeting(
+            name, arrivals, measured, total, norm, exchange.sums_of(visit), partial(exchange.give_up, visit.number)
+        )
+
+    def _meet_alone(
+        self, name: str, arrivals: Sequence[Arrival], measured: Sequence[Measured], exchange: Exchange
+    ) -> Meeting | None:
+        """A meeting that one kernel on a GPU prepares; None where it cannot."""
+        first = arrivals[0]
+        if not (exchange.is_alone and _share_parameters(arrivals)):
+            return None
+        if (merged := fused.merge(measured, first.weight, first.bias, first.eps)) is None:
+            return None
+        packed, vectors = merged
+        count = sum(part.n for part in measured)
+        give_up = partial(exchange.give_up, exchange.visit_alone(name, count).number)
+        self._count(first, packed)
+        return Meeting(name, arrivals, measured, count, vectors.norm, None, give_up, vectors)
+
+    def _count(self, arrival: Arrival, sums: Tensor) -> None:
+        if arrival.counts:
+            before = self.statistics.get(arrival.layer)
+            self.statistics[arrival.layer] = sums if before is None else before + sums
 
     def exchange_of(self, layer: Accumulating) -> Exchange:
         """The collectives of this call over a layer's group."""
@@ -211,7 +239,8 @@ def normalize_side_by_side(meeting: Meeting) -> Callable[[int], Tensor]:
     arrivals: list[Any] = list(meeting.arrivals)
     xs, first = [a.x for a in arrivals], arrivals[0]
     weight, bias = (first.weight, first.bias) if meeting.shares_parameters else (None, None)
-    outputs: list[Any] = list(normalize_together(xs, meeting.measured, weight, bias, meeting.norm, meeting.reduce_sums))
+    together = xs, meeting.measured, weight, bias, meeting.norm, meeting.reduce_sums, meeting.vectors
+    outputs: list[Any] = list(normalize_together(*together))
     shares = meeting.shares_parameters
 
     def take(index: int) -> Tensor:

@@ -31,7 +31,7 @@ class SecondPass:
     ) -> None:
         self._visits = visits
         self._count = count
-        totals = torch.stack([visit.total for visit in visits]).tolist() if visits else []
+        totals = _read([visit.total for visit in visits])
         self._accounts = [Account(visit, total) for visit, total in zip(visits, totals, strict=True)]
         groups: dict[Exchange, list[Account]] = {}
         for visit, account in zip(visits, self._accounts, strict=True):
@@ -41,7 +41,7 @@ class SecondPass:
         """Of the micro-batch that runs."""
         self._position = 0
         self._wanted = self._walked = 0
-        self._drift = [visit.total.new_zeros(()) for visit in visits]
+        self._drift = [visit.norm.center.new_zeros(()) for visit in visits]
 
     def begin(self, index: int) -> None:
         """A micro-batch starts. Collective, in the background: its round's predecessor is sent."""
@@ -159,8 +159,16 @@ class SecondPass:
         if not self._visits:
             return None
         # Not `<= 1`: NaN came of NaN in both passes.
-        far = (torch.stack([drift.cpu() for drift in self._drift]) > 1).tolist()
+        device = self._drift[0].device
+        far = (torch.stack([drift.to(device) for drift in self._drift]) > 1).tolist()
         return self._visits[far.index(True)] if any(far) else None
+
+
+def _read(counts: Sequence[Tensor | int]) -> list[float]:
+    """Numbers that may be on a device. One tolist() for all: each waits for a GPU."""
+    tensors = [count for count in counts if isinstance(count, Tensor)]
+    found = iter(torch.stack(tensors).tolist() if tensors else ())
+    return [next(found) if isinstance(count, Tensor) else float(count) for count in counts]
 
 
 _SAME = "forward must do the same in both passes, for the same micro-batch"

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from syncaccum.moments import drop_if_nonfinite
+
 # The last micro-batches would pay all that is left, however few they are.
 # Without a floor training is unstable at one sample each.
 _FLOOR = 0.1
@@ -61,4 +63,7 @@ class Due(NamedTuple):
     def close(self, owed: Tensor, sums: Tensor) -> Tensor:
         """What the window owes afterwards, if it owes so much now."""
         left = owed.add(sums.to(owed.device), alpha=1 - self.share)
-        return left if self.owed is None or not self.share else left.sub_(self.owed, alpha=self.share)
+        if self.owed is not None and self.share:
+            left.sub_(self.owed, alpha=self.share)
+        # Infinite gradients, as under a scaler, spoil no later ones.
+        return drop_if_nonfinite(left)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from syncaccum.layer.balance import Due, count_payers
 from syncaccum.layer.following import follow
 from syncaccum.layer.keys import make_key
 from syncaccum.layer.replay import Record, Records
-from syncaccum.moments import drop_if_nonfinite
 
 PACKED = ("last", "owed", "squares", "counts")
 """The parts of a ledger in a checkpoint."""
@@ -24,6 +23,11 @@ PACKED = ("last", "owed", "squares", "counts")
 _LEAST = 4
 """The values that pay are taken for no fewer than those of so many samples."""
 
+
+Paid = TypeVar("Paid")
+
+Pay = Callable[[Due, Tensor], tuple[Paid, Tensor]]
+"""From what is due, and what the window owes, to what each value pays, and what the window owes then."""
 
 _books = threading.Lock()
 """Backward walks may run in several threads: those of several devices, or of DataParallel's replicas."""
@@ -105,6 +109,11 @@ class Ledger:
         mean = mean.to(self.squares.device)
         with _books:
             self.squares.addcmul_(mean, mean, value=samples)
+        self.note_samples(samples)
+
+    def note_samples(self, samples: int) -> None:
+        """A micro-batch goes into the window, and `squares` has its mean."""
+        with _books:
             self.samples += samples
             self.micro_batches += 1
 
@@ -170,6 +179,17 @@ class Ledger:
             self._book(due, batch, samples * of_sample, record)
         return due.feedback(batch)
 
+    def pay(self, samples: int, of_sample: int, record: Record, pay: Pay[Paid]) -> Paid | None:
+        """`take_back` with an arithmetic of its own; None if the micro-batch does not count, or its window is over."""
+        n = samples * of_sample
+        with _books:
+            if not self._is_booked(record):
+                return None
+            due = self._ask(n, of_sample, record)
+            paid, owed = pay(due, self.owed)
+            self._close(due, owed, n, record)
+            return paid
+
     def ask(self, samples: int, of_sample: int, record: Record) -> Due:
         """`take_back` before the sums are known. `book` follows."""
         with _books:
@@ -195,15 +215,15 @@ class Ledger:
         return Due(owed, before + n + of_sample)
 
     def _book(self, due: Due, batch: Tensor, n: int, record: Record) -> None:
-        if not self._is_booked(record):
-            return
+        if self._is_booked(record):
+            self._close(due, due.close(self.owed, batch), n, record)
+
+    def _close(self, due: Due, owed: Tensor, n: int, record: Record) -> None:
         is_first = due.owed is not None
         if is_first:
             self.paid_at[record.forward] = self.done
-        # Infinite gradients, as under a scaler, spoil no later ones.
-        owed = drop_if_nonfinite(due.close(self.owed, batch))
         # One call: a signal comes before or after it.
-        vars(self).update(owed=owed, done=self.done + n if is_first else self.done)
+        vars(self).update(owed=owed.to(self.owed.device), done=self.done + n if is_first else self.done)
 
     def _is_booked(self, record: Record) -> bool:
         return record.counts and record.number == self.number

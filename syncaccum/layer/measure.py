@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from syncaccum.layer import native
-from syncaccum.layer.memory_order import as_columns, as_passes, is_on_cuda, is_rows, per_channel
+from syncaccum.layer.memory_order import as_columns, as_passes, is_on_cpu, is_on_cuda, is_rows, per_channel
 from syncaccum.moments import pack_statistics
+from syncaccum.torch_private import scale_each
 
 # An origin is the median of so many values: `channel_origin`.
 _ORIGIN_VALUES = 64
@@ -46,7 +47,8 @@ class Measured(NamedTuple):
 
     ``values`` has the shape of the input: its values, less a constant per channel where there is an ``origin``. It is
     float32 or wider, or the input itself, where the values need no origin. ``mean`` and ``variance`` (population)
-    are the input's; they and ``origin`` are float64, ``(C,)``. Compiled passes also fill ``packed``, the moments.
+    are the input's; they and ``origin`` are float64, ``(C,)``. On a GPU they are as the kernel gave them, see `widen`.
+    Compiled passes also fill ``packed``, the moments.
     """
 
     values: Tensor
@@ -56,22 +58,36 @@ class Measured(NamedTuple):
     variance: Tensor
     packed: Tensor | None = None
 
+    def widen(self) -> Measured:
+        """The same with mean and variance in float64."""
+        return self._replace(mean=self.mean.to(torch.float64), variance=self.variance.to(torch.float64))
+
     def sums(self) -> Tensor:
-        """What to add to a window: packed moments."""
+        """What to add to a window: packed moments, of float64 statistics."""
         return pack_statistics(self.n, self.mean, self.variance) if self.packed is None else self.packed
 
 
 def merge(parts: Sequence[Measured]) -> tuple[int, Tensor, Tensor]:
     """Count, mean and variance of several micro-batches together, as accurate as theirs (Chan et al., 1979)."""
     n = sum(part.n for part in parts)
-    means, variances = (torch.stack(vectors) for vectors in zip(*((p.mean, p.variance) for p in parts), strict=True))
+    # In one: each conversion is a launch on a GPU.
+    vectors = torch.stack([part.mean for part in parts] + [part.variance for part in parts]).to(torch.float64)
+    means, variances = vectors.chunk(2)
     # max: all of them may be empty.
-    shares = torch.tensor([part.n / max(n, 1) for part in parts], dtype=means.dtype, device=means.device).unsqueeze(1)
+    shares = [part.n / max(n, 1) for part in parts]
     # Means less one of them: small numbers, also where means are large.
-    start = max(parts, key=lambda part: part.n).mean
+    start = means[max(range(len(parts)), key=lambda k: parts[k].n)]
     delta = means - start
-    step = (delta * shares).sum(0)
-    return n, start + step, ((variances + (delta - step).square()) * shares).sum(0)
+    step = _weigh(delta, shares)
+    return n, start + step, _weigh(variances + (delta - step).square(), shares)
+
+
+def _weigh(vectors: Tensor, shares: Sequence[float]) -> Tensor:
+    """The sum of vectors, each times its share."""
+    # Numbers, and no tensor of them: to send it, the host would wait for the device.
+    if len(set(shares)) == 1:
+        return vectors.sum(0) * shares[0]
+    return torch.stack(scale_each(vectors.unbind(), shares)).sum(0)
 
 
 def measured_before(x: Tensor, mean: Tensor, *, is_far: bool) -> Measured:
@@ -99,18 +115,21 @@ def measure(x: Tensor) -> Measured:
 
     float32 sums of squares lose everything once mean/std reaches 1e4 (1702 % error). So where a channel's mean is large
     beside its deviation, ``x - origin`` is measured in place of x. float32 carries that to 1e-7. The origin is added
-    again in float64. It is the mean just found. On a GPU an origin is always subtracted, the median of a sample: to
+    again in float64. It is the mean just found. CUDA's kernel (Welford's) is as accurate as nn.BatchNorm there, and
+    walks float16 and bfloat16 as they are. On other devices an origin is always subtracted, the median of a sample: to
     look at the mean first would make the forward wait for the device.
     """
     if native.takes(x):
         return _measure_compiled(x)
     channels = x.shape[1]
     count = x.numel() // channels
-    values = _widen(x)
     if count == 0:
         zeros = torch.zeros(channels, dtype=torch.float64, device=x.device)
-        return Measured(values, None, 0, zeros, zeros)
+        return Measured(x, None, 0, zeros, zeros)
     if is_on_cuda(x):
+        return Measured(x, None, count, *torch.batch_norm_update_stats(as_passes(x), None, None, 0.0))
+    values = _widen(x)
+    if not is_on_cpu(x):
         origin = channel_origin(values)
     else:
         mean, variance = _mean_and_variance(values)
@@ -180,8 +199,8 @@ def _spread(size: int, most: int) -> slice:
 
 def _mean_and_variance(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population variance per channel of a dense float32 or float64 tensor; float64."""
-    if is_on_cuda(values):
-        mean, variance = torch.batch_norm_update_stats(as_passes(values), None, None, 0.0)
+    if not is_on_cpu(values):
+        variance, mean = torch.var_mean(values, [d for d in range(values.dim()) if d != 1], correction=0)
         return mean.to(torch.float64), variance.to(torch.float64)
     return _of_rows(as_passes(values)) if is_rows(values) else _of_columns(as_columns(values))
 

@@ -55,6 +55,17 @@ def as_passes(x: Tensor, like: Tensor | None = None) -> Tensor:
     return x.flatten(2) if is_rows(x if like is None else like) else as_columns(x)
 
 
+def is_on_cpu(x: Tensor) -> bool:
+    """Whether the passes for a CPU are to walk it. They may look at values: no device is to be waited for."""
+    return kind_of(x) == "cpu"
+
+
 def is_on_cuda(x: Tensor) -> bool:
-    """Whether torch's CUDA kernels are to be called. Asked here only: tests put a stand-in in their place."""
-    return x.is_cuda
+    """Whether torch's CUDA kernels are to walk it. On any other device plain operations do."""
+    return kind_of(x) == "cuda"
+
+
+def kind_of(x: Tensor) -> str:
+    """The kind of its device. Asked here only: tests put a stand-in in a device's place."""
+    # Faster than to ask for the device.
+    return "cpu" if x.is_cpu else x.device.type

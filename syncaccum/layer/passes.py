@@ -5,34 +5,33 @@ with the sums of dy and dy*x_hat: moments of x, affine of x, moments of dy, affi
 C-sized arithmetic only (`policies`).
 
 The first pass is in `measure`; the two memory orders in which data is seen are in `memory_order`. On a CPU the passes
-are compiled ones (`native`), or else torch's own. On a GPU they are the kernels of nn.SyncBatchNorm, which take vectors
-in float32 for float16 and bfloat16 data, and no empty tensor.
+are compiled ones (`native`), or else torch's own. On a GPU they are the kernels of nn.SyncBatchNorm (`gpu`), and on any
+other device plain operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from syncaccum.layer import native
+from syncaccum.layer import fused, gpu, native
 from syncaccum.layer.compiled import Balance, find_recipe, normalize_compiled
 from syncaccum.layer.compose import compose, composed_gradients, intercept
 from syncaccum.layer.measure import Measured, measure
 from syncaccum.layer.memory_order import (
     as_passes,
+    is_on_cpu,
     is_on_cuda,
     is_rows,
     make_dense,
     match_order,
     per_channel,
 )
-from syncaccum.layer.policies import Normalizer, Policy
+from syncaccum.layer.policies import Normalizer, Policy, ReduceSums, hold
 from syncaccum.torch_private import has_no_values, is_transformed
-
-ReduceSums = Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
 
 
 def apply_normalizer(
@@ -60,9 +59,7 @@ def _apply_affine(x: Tensor, center: Tensor, slope: Tensor, shift: Tensor | None
         return torch.empty_like(x)
     shift = None if shift is None else shift.to(x.dtype)
     slope = slope.to(x.dtype)
-    if is_on_cuda(x):
-        return torch.batch_norm_elemt(as_passes(x), None, shift, center, slope, 0.0).as_strided(x.shape, x.stride())
-    if is_rows(x):
+    if is_rows(x) and is_on_cpu(x):
         # nn.BatchNorm's eval forward: the one kernel that walks rows once.
         # addcmul takes six times as long, but in columns less.
         return torch.native_batch_norm(x, slope, shift, center, torch.ones_like(center), False, 0.0, 0.0)[0]
@@ -77,10 +74,6 @@ def gradients_of_own_statistics(
     Where the statistics are this micro-batch's alone, torch has a kernel for both.
     """
     norm = _narrow(norm, x)
-    if is_on_cuda(x) and (weight is None or x.numel() == 0):
-        # CUDA's kernel takes the dtype of parameters from the weight.
-        sums = gradient_sums(dy, x, norm)
-        return apply_gradient(dy, x, weight, norm, sums) if needed[0] else None, sums[1], sums[0]
     weight = None if weight is None else weight.to(norm.center.dtype)
     dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
         as_passes(dy, x), as_passes(x), weight, None, None, norm.center, norm.scale, True, 0.0, needed
@@ -103,12 +96,10 @@ def gradient_sums(dy: Tensor, x: Tensor, norm: Normalizer) -> tuple[Tensor, Tens
     if x.numel() == 0:
         zeros = torch.zeros_like(norm.center)
         return zeros, zeros
+    if not is_on_cpu(x):
+        dy, dims = dy.to(norm.center.dtype), [d for d in range(x.dim()) if d != 1]
+        return dy.sum(dims), (dy * (x - per_channel(norm.center, x))).sum(dims) * norm.scale
     dy, x = as_passes(dy, x), as_passes(x)
-    if is_on_cuda(x):
-        sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
-            dy, x, norm.center, norm.scale, None, True, False, False
-        )
-        return sum_dy, sum_dy_xmu * norm.scale
     # nn.BatchNorm's reduction: it subtracts before it multiplies.
     _, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
         dy, x, None, None, None, norm.center, norm.scale, True, 0.0, [False, True, True]
@@ -128,40 +119,11 @@ def apply_gradient(
     a = per_channel(slope.to(wide), x)
     if norm.feedback is None:
         return (dy * a).to(x.dtype)
-    if is_on_cuda(x):
-        return _apply_gradient_on_cuda(dy, x, weight, norm, norm.feedback, sums)
     sum_dy, sum_dy_xhat = sums
     # Normalizer's dx, sorted by dy, x - c and a constant.
     pull = slope * -norm.feedback
     b = pull * norm.scale * sum_dy_xhat
     return _apply_affine(x.to(wide), norm.center, b, pull * sum_dy).addcmul_(dy, a).to(x.dtype)
-
-
-def _apply_gradient_on_cuda(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    norm: Normalizer,
-    feedback: Tensor | float,
-    sums: tuple[Tensor, Tensor],
-) -> Tensor:
-    r"""The kernel gives :math:`\gamma s (dy - (S_1 + (x - c) s^2 S_2) / n)`; our feedback stands for its 1/n."""
-    if x.numel() == 0:
-        return torch.empty_like(x)
-    wide = norm.center.dtype
-    gamma = weight if norm.gain is None else norm.gain if weight is None else norm.gain * weight
-    sum_dy, sum_dy_xhat = ((s * feedback).to(wide) for s in sums)
-    dx = torch.batch_norm_backward_elemt(
-        as_passes(dy, x),
-        as_passes(x),
-        norm.center,
-        norm.scale,
-        None if gamma is None else gamma.to(wide),
-        sum_dy,
-        sum_dy_xhat / norm.scale,
-        torch.ones(1, dtype=torch.int32, device=x.device),
-    )
-    return dx.as_strided(x.shape, x.stride())
 
 
 def parameter_gradients(norm: Normalizer, sums: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -187,14 +149,23 @@ def normalize(
         balance: says what the gradient takes back, instead of the micro-batch's own sums. It is the policy itself.
     """
     x = make_dense(x)
-    if torch.compiler.is_compiling() or is_transformed() or has_no_values(x):
+    is_plain = not (torch.compiler.is_compiling() or is_transformed() or has_no_values(x))
+    if (
+        is_plain
+        and balance is None
+        and is_on_cuda(x)
+        and (done := fused.normalize(x, weight, bias, policy)) is not None
+    ):
+        return done
+    policy = hold(policy)
+    if not is_plain:
         # Compilers fuse plain operations better than our passes.
         # Transforms of torch.func differentiate them in their own ways.
         return compose(x, weight, bias, policy)
     if native.takes(x, weight, bias) and (recipe := find_recipe(policy, x, balance)) is not None:
         return normalize_compiled(x, weight, bias, policy, recipe, balance)
     with torch.no_grad():
-        measured = measure(x)
+        measured = measure(x).widen()
         norm = policy.normalizer(measured.n, measured.mean, measured.variance)
         sums = measured.sums()
     reduce_sums = None if balance is None else balance.take_back
@@ -209,6 +180,7 @@ def normalize_together(
     bias: Tensor | None,
     norm: Normalizer,
     reduce_sums: ReduceSums | None,
+    vectors: gpu.Vectors | None = None,
 ) -> tuple[Tensor, ...]:
     """Normalise several dense micro-batches with statistics that all of them took part in.
 
@@ -216,19 +188,44 @@ def normalize_together(
         norm: from the moments of everyone's micro-batches; its feedback counts all their values.
         reduce_sums: from this process's two sums of the backward to everyone's, collective where the moments were;
             None where there is nobody else.
+        vectors: the normalizer, weight and bias as a GPU's kernels take them, where somebody has made them.
     """
+    if vectors is not None:
+        return gpu.normalize(xs, vectors, weight, bias, reduce_sums, None)
     return _apply_normalize(norm, measured, weight, bias, reduce_sums, None, *xs)
 
 
-def apply_known(x: Tensor, measured: Measured, weight: Tensor | None, bias: Tensor | None, norm: Normalizer) -> Tensor:
-    """The output of one dense micro-batch with known statistics, and no graph."""
+def apply_known(
+    x: Tensor,
+    measured: Measured,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: Normalizer,
+    vectors: gpu.Vectors | None = None,
+) -> Tensor:
+    """The output of one dense micro-batch with known statistics, and no graph; see `normalize_together`."""
+    if is_on_cuda(x):
+        return gpu.apply(x, vectors or gpu.make_vectors(norm, x, weight, bias))
     if native.takes(x, weight, bias):
         return native.apply(x, norm, weight, bias)
     return apply_normalizer(x, measured, weight, bias, norm, _narrow(norm, x))
 
 
-def _apply_normalize(*args: Any) -> tuple[Tensor, ...]:
-    return cast(tuple[Tensor, ...], _Normalize.apply(*args))  # type: ignore[no-untyped-call]
+def _apply_normalize(
+    norm: Normalizer,
+    measured: Sequence[Measured],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    reduce_sums: ReduceSums | None,
+    policy: Policy | None,
+    *xs: Tensor,
+) -> tuple[Tensor, ...]:
+    if is_on_cuda(xs[0]):
+        with torch.no_grad():
+            vectors = gpu.make_vectors(norm, xs[0], weight, bias)
+        return gpu.normalize(xs, vectors, weight, bias, reduce_sums, policy)
+    outputs = _Normalize.apply(norm, measured, weight, bias, reduce_sums, policy, *xs)  # type: ignore[no-untyped-call]
+    return cast(tuple[Tensor, ...], outputs)
 
 
 class _Normalize(torch.autograd.Function):
@@ -262,7 +259,7 @@ class _Normalize(torch.autograd.Function):
         if is_alone and native.takes(*pairs[0], weight, bias):
             dx, dweight, dbias = native.gradients(*pairs[0], weight, bias, ctx.norm, needed)
             dxs = [dx]
-        elif is_alone and ctx.norm.is_plain:
+        elif is_alone and ctx.norm.is_plain and is_on_cpu(pairs[0][1]):
             dx, dweight, dbias = gradients_of_own_statistics(*pairs[0], weight, ctx.norm, needed)
             dxs = [dx]
         else:

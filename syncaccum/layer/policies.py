@@ -6,6 +6,7 @@ population variance into a :class:`Normalizer`. `passes` applies that to the dat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -156,6 +157,10 @@ class Window(NamedTuple):
         return Normalizer(center, torch.rsqrt(var + self.eps), None, None, 1.0)
 
 
+ReduceSums = Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
+"""From a micro-batch's sums of dy and of dy x_hat to those that its gradient takes."""
+
+
 class Policy(Protocol):
     """What turns a micro-batch's count, mean and population variance into what to apply."""
 
@@ -164,7 +169,7 @@ class Policy(Protocol):
 
 
 def choose_policy(layer: Accumulating, count: int, eps: float) -> Policy:
-    """What a training forward of ``count`` values per channel normalises with, now.
+    """What a training forward of ``count`` values per channel normalises with, now: to be held, see `hold`.
 
     Raises:
         ValueError: one value per channel under ``"batch"``, as nn.BatchNorm.
@@ -178,15 +183,29 @@ def choose_policy(layer: Accumulating, count: int, eps: float) -> Policy:
         )
     if state.normalization == "batch" and count > 1:
         return Batch(eps)
-    mean, variance = copy_committed(layer)
+    buffers = buffers_of(layer)
+    mean, variance = cast(Tensor, buffers["running_mean"]), cast(Tensor, buffers["running_var"])
     if state.normalization == "renorm" and count > 0:
         return Renorm(eps, mean, variance, state.prior_count, state.r_max, state.d_max)
     # Policy "running"; and of any policy a micro-batch without values.
     return Running(eps, mean, variance)
 
 
+def hold(policy: Policy) -> Policy:
+    """The policy with committed statistics of its own, in float64: a commit before the backward changes the layer's."""
+    # A tuple, and no union: each forward comes here.
+    if isinstance(policy, (Running, Renorm)):
+        eps, mean, variance, *settings = policy
+        return type(policy)(eps, _copy(mean), _copy(variance), *settings)
+    return policy
+
+
 def copy_committed(layer: Accumulating) -> tuple[Tensor, Tensor]:
-    # Copies: a commit before the backward must not change the gradient.
+    """The committed statistics in float64."""
     buffers = buffers_of(layer)
     mean, variance = cast(Tensor, buffers["running_mean"]), cast(Tensor, buffers["running_var"])
-    return mean.to(torch.float64, copy=True), variance.to(torch.float64, copy=True)
+    return _copy(mean), _copy(variance)
+
+
+def _copy(statistics: Tensor) -> Tensor:
+    return statistics.to(torch.float64, copy=True)

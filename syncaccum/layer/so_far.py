@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from syncaccum.layer import gpu
 from syncaccum.layer.accumulate import bring_window_home
 from syncaccum.layer.balance import Due
 from syncaccum.layer.ledger import Ledger
+from syncaccum.layer.memory_order import is_on_cpu, is_on_cuda, make_dense
 from syncaccum.layer.passes import normalize
 from syncaccum.layer.policies import Normalizer, Window, copy_committed
 from syncaccum.layer.repeat import has_node
 from syncaccum.layer.replay import Record, number_forward
 from syncaccum.layer.so_far_compiled import normalize_compiled
+from syncaccum.layer.so_far_fused import Sizes, find_vectors, pay
 from syncaccum.layer.state import Accumulating, match_width, name_of
 from syncaccum.moments import drop_if_nonfinite, pack_statistics
 from syncaccum.torch_private import buffers_of, has_no_values, is_transformed, runs_in_backward, saved_tensor_hooks
@@ -48,6 +53,10 @@ def normalize_so_far(
         committed = _count_committed(layer, x)
         return normalize_compiled(x, weight, bias, eps, state.window, committed, state.ledger.key, counts)
     visit = _Visit(layer, x, eps, counts, is_given, has_node(x, weight, bias))
+    x = make_dense(x)
+    if is_on_cuda(x) and (done := visit.normalize_fused(layer, x, weight, bias)) is not None:
+        return done
+    visit.count_others(layer, x)
     return normalize(x, weight, bias, visit, visit)
 
 
@@ -70,8 +79,40 @@ class _Visit:
         self._keeps = is_plain and (not torch.is_grad_enabled() or saved_tensor_hooks() is not None)
         if has_values and not (is_given or getattr(layer, "_is_replica", False)):
             bring_window_home(layer._accumulation, x.device)
-        others = _count_committed(layer, x) if is_given else _count_others(layer, ledger, x)
-        self._record = Record(others, ledger.number, number_forward(), counts and is_plain)
+        self._counts, self._is_plain, self._is_given = counts and is_plain, is_plain, is_given
+        self._record: Record
+
+    def count_others(self, layer: Accumulating, x: Tensor) -> None:
+        """Look at what the micro-batch is counted together with."""
+        self._begin(_count_committed(layer, x) if self._is_given else _count_others(layer, self._ledger, x))
+
+    def _begin(self, others: Tensor) -> None:
+        self._record = Record(others, self._ledger.number, number_forward(), self._counts)
+
+    def normalize_fused(
+        self, layer: Accumulating, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """All of it by kernels on a GPU; None where none does it. A second forward is looked up by hand."""
+        is_replica = getattr(layer, "_is_replica", False)
+        if not self._is_plain or self._layer is not None or is_replica:
+            return None
+        sizes = Sizes(self._samples, self._of_sample, _COMMITTED_SAMPLES * self._of_sample, _UNTRAINED_VALUES)
+        with torch.no_grad():
+            found = find_vectors(layer, self._ledger, x, weight, bias, self._eps, sizes, counts=self._counts)
+        if found is None:
+            return None
+        packed, others, vectors = found
+        self._begin(others)
+        if self._keeps:
+            self._ledger.records.add(self._record, packed, hold=self._holds)
+        if self._counts:
+            self._ledger.note_samples(self._samples)
+        (y,) = gpu.normalize([x], vectors._replace(pay=self._pay_fused), weight, bias, self.take_back, self)
+        return y, packed
+
+    def _pay_fused(self, dy: Tensor, dy_xmu: Tensor, scale: Tensor) -> tuple[Tensor, Tensor] | None:
+        arithmetic = partial(pay, dy, dy_xmu, scale, self._samples * self._of_sample)
+        return self._ledger.pay(self._samples, self._of_sample, self._record, arithmetic)
 
     def normalizer(self, count: int, mean: Tensor, variance: Tensor) -> Normalizer:
         own = pack_statistics(count, mean, variance)
@@ -129,7 +170,7 @@ def _ask_if_untrained(layer: Accumulating) -> bool | Tensor:
     # Without a counter nobody can tell: believe the statistics.
     if batches is None:
         return False
-    if batches.is_cpu and not torch.compiler.is_compiling() and not has_no_values(batches):
+    if is_on_cpu(batches) and not torch.compiler.is_compiling() and not has_no_values(batches):
         # On a GPU item() would wait for the device.
         return batches.item() == 0
     return batches == 0

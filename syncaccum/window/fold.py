@@ -39,7 +39,7 @@ def apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> Non
     closing = _close_windows(layers, layout, reduced)
     buffers = [buffers_of(layer) for layer in layers]
     current = [cast(Tensor, b[name]) for name in ("running_mean", "running_var") for b in buffers]
-    factors = _find_factors(layers, layout)
+    factors = _find_factors(layers, layout, reduced.device)
     if compiled_fold.takes(reduced, current, layout.widths * 2):
         key, new = _fold_compiled(layout, reduced, current, factors)
     else:
@@ -51,7 +51,8 @@ def apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> Non
     run_uninterrupted(
         [
             partial(copy_all, current, new.stored),
-            partial(add_to_all, counters, 1),
+            # It refuses an empty list.
+            *([partial(add_to_all, counters, 1)] if counters else []),
             # A checkpoint's second forward would now see other statistics.
             *steps_of_new_window(states, used_since=None, is_committed=True),
             *closing,
@@ -175,11 +176,12 @@ def _find_non_finite(members: Sequence[NamedLayer], statistics: Sequence[Tensor]
     return [name for (name, _), pair in zip(members, pairs, strict=True) if any(pair)]
 
 
-def _find_factors(layers: Sequence[Accumulating], layout: Layout) -> Sequence[float]:
+def _find_factors(layers: Sequence[Accumulating], layout: Layout, device: torch.device) -> Sequence[float]:
     """By layer, how much of the new statistics to take: momentum, or 1 / (batches so far, this one included)."""
     if None not in layout.momenta:
         return cast(tuple[float, ...], layout.momenta)
-    return [_count_in(layer) if m is None else m for layer, m in zip(layers, layout.momenta, strict=True)]
+    shares = iter(_count_in([layer for layer, m in zip(layers, layout.momenta, strict=True) if m is None], device))
+    return [next(shares) if m is None else m for m in layout.momenta]
 
 
 def _spread_factors(factors: Sequence[float], layout: Layout, device: torch.device) -> Tensor | float:
@@ -191,10 +193,13 @@ def _spread_factors(factors: Sequence[float], layout: Layout, device: torch.devi
     return torch.tensor(factors, dtype=torch.float64, device=device).repeat_interleave(widths)
 
 
-def _count_in(layer: Accumulating) -> float:
-    """The share of the next batch in a cumulative average. Without a counter it is 0, as in nn.BatchNorm."""
-    batches = buffers_of(layer)["num_batches_tracked"]
-    return 0.0 if batches is None else 1.0 / (int(batches) + 1)
+def _count_in(layers: Sequence[Accumulating], device: torch.device) -> list[float]:
+    """The share of the next batch in each cumulative average. Without a counter it is 0, as in nn.BatchNorm."""
+    counters = [buffers_of(layer)["num_batches_tracked"] for layer in layers]
+    given = [counter.reshape(1) for counter in counters if counter is not None]
+    # One tolist() for all: each waits for a GPU.
+    counts = iter(concatenate(given, device).tolist() if given else ())
+    return [0.0 if counter is None else 1.0 / (next(counts) + 1) for counter in counters]
 
 
 def concatenate(tensors: Sequence[Tensor], device: torch.device, memory: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from syncaccum.layer import native
+from syncaccum.layer import fused, native
 from syncaccum.layer.accumulate import is_counted
 from syncaccum.layer.state import Accumulating, commit_momentum, has_statistics, tracks
 from syncaccum.moments import Moments
@@ -40,8 +40,9 @@ class LayerSummary:
         dtype, device: of the running statistics, or else of the weight.
         group: the ranks of a commit, as this rank knows them.
         kernels: what a training forward runs on data of that device: ``"compiled"``, the passes of this package for
-            CPUs; ``"SyncBatchNorm"``, torch's kernels of that layer, on CUDA; ``"torch"``, torch's operations; or
-            ``"its own"``. Compiled models, transforms of torch.func and tensor subclasses get torch's in any case.
+            CPUs; ``"SyncBatchNorm"``, torch's kernels of that layer, on CUDA, or ``"SyncBatchNorm and Triton"`` where
+            Triton's run between them; ``"torch"``, torch's operations; or ``"its own"``. Compiled models, transforms of
+            torch.func and tensor subclasses get torch's in any case.
         micro_batches: how many forwards are in this rank's open window: two for each, where the layer is used twice.
             Forwards of compiled models are not among them.
         values: values per channel in this rank's open window, of all forwards.
@@ -181,7 +182,7 @@ def _find_mode(layer: Accumulating) -> Mode:
 
 def _name_kernels(device: torch.device) -> str:
     if device.type == "cuda":
-        return "SyncBatchNorm"
+        return "SyncBatchNorm and Triton" if fused.are_in_use() else "SyncBatchNorm"
     return "compiled" if device.type == "cpu" and native.which().startswith("compiled") else "torch"
 
 

@@ -73,6 +73,19 @@ def test_layers_that_saw_nothing_are_left_alone() -> None:
     assert commit(model).layers == ()
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_layers_without_a_counter_are_committed(momentum: float | None) -> None:
+    layer = SyncAccumBatchNorm(3, momentum=momentum).double()
+    layer.num_batches_tracked = None
+    x = torch.randn(4, 3).double()
+    layer(x)
+    before = layer.running_mean.clone()
+    commit(layer)
+    # nn.BatchNorm without a counter takes nothing of a batch in a cumulative average.
+    expected = reference([[x]], 3, momentum=0.1).running_mean if momentum else before
+    torch.testing.assert_close(layer.running_mean, expected)
+
+
 def test_every_layer_has_its_own_momentum() -> None:
     model = small_model()
     data = [torch.randn(6, 3).double() for _ in range(3)]

@@ -25,7 +25,7 @@ from syncaccum import (
     revert_sync_accum,
     summary,
 )
-from syncaccum.layer import native
+from syncaccum.layer import fused, native
 from tests.oracle import assert_unchanged, concatenate, take_snapshot
 
 
@@ -241,13 +241,15 @@ def test_layers_without_memory_have_no_figures() -> None:
     assert (on_meta.values, on_meta.committed, on_meta.mean_drift, on_meta.deviation_drift) == (None,) * 4
 
 
-def test_kernels_go_by_the_device() -> None:
+def test_kernels_go_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = native.which().startswith("compiled")
     assert summary(SyncAccumBatchNorm(3)).layers[0].kernels == ("compiled" if compiled else "torch")
     assert summary(SyncAccumBatchNorm(3)).cpu_passes == native.which()
-    with FakeTensorMode():
-        there = summary(SyncAccumBatchNorm(3, device="cuda")).layers[0]
-    assert (there.device.type, there.kernels, there.values) == ("cuda", "SyncBatchNorm", None)
+    for triton, kernels in ((None, "SyncBatchNorm"), (object(), "SyncBatchNorm and Triton")):
+        monkeypatch.setattr(fused, "load_kernels", lambda found=triton: found)
+        with FakeTensorMode():
+            there = summary(SyncAccumBatchNorm(3, device="cuda")).layers[0]
+        assert (there.device.type, there.kernels, there.values) == ("cuda", kernels, None)
 
 
 def test_a_model_without_layers_is_refused_with_the_remedy() -> None:
@@ -290,7 +292,7 @@ def test_the_plain_table_has_shared_settings_above_it() -> None:
     assert str(table) == repr(table)
     assert str(table).splitlines() == [
         "2 SyncAccumBatchNorm layers",
-        "mode: accumulates; policy: renorm; momentum: 0.1; dtype: float64; device: cpu;",
+        "mode: accumulates; policy: window; momentum: 0.1; dtype: float64; device: cpu;",
         "group: this process alone; kernels: compiled",
         "",
         "                  micro-             committed   mean  deviation",

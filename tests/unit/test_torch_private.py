@@ -52,6 +52,8 @@ def test_many_tensors_at_once() -> None:
     assert [t.tolist() for t in tensors] == [[0, 0], [1, 1, 1], 3]
     torch_private.add_to_all(tensors[:2], [torch.ones(2), torch.full((3,), 2.0)])
     assert [t.tolist() for t in tensors] == [[1, 1], [3, 3, 3], 3]
+    scaled = torch_private.scale_each(tensors[:2], [2.0, 0.5])
+    assert [t.tolist() for t in [*scaled, *tensors[:2]]] == [[2, 2], [1.5, 1.5, 1.5], [1, 1], [3, 3, 3]]
     torch_private.zero_all(tensors)
     assert not any(t.any() for t in tensors)
     for function in (torch_private.copy_all, torch_private.add_to_all, torch_private.zero_all):

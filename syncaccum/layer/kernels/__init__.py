@@ -1,1 +1,1 @@
-"""The passes over data in CPU memory, compiled: their source, and how to build it."""
+"""What is compiled: the passes over data in CPU memory, how to build them, and Triton kernels for vectors on a GPU."""
