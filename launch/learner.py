@@ -137,15 +137,15 @@ class Learner:
         self._optimizer.load_state_dict(state["optimizer"])
         if len(state["rng"]) == self._placement.size:
             self._set_rng_state(state["rng"][self._placement.rank])
-        if self._arguments.normalization != "none":
+        if self._arguments.normalization == "window":
             # In the order of the ranks: to each its own, or dealt out.
             windows = state["windows"]
             shares = {name: torch.stack([own[name] for own in windows]) for name in windows[0]}
             load_window_state_dict(self._model, shares)
 
     def _windows(self) -> dict[str, Tensor]:
-        """Empty now; under policy "window" they know the windows before."""
-        return {} if self._arguments.normalization == "none" else window_state_dict(self._model)
+        """Empty now, but under policy "window" they know the windows before."""
+        return window_state_dict(self._model) if self._arguments.normalization == "window" else {}
 
     def _rng_state(self) -> dict[str, Tensor]:
         state = {"cpu": torch.get_rng_state()}

@@ -70,7 +70,7 @@ class _Run:
             sums = self.learner.step(batch)
         except DivergedError as error:
             step = self.progress.total_steps + 1
-            remedy = f"Lower --lr {self.arguments.lr}, or use --normalization window"
+            remedy = f"Lower --lr {self.arguments.lr}, or use --normalization renorm"
             self.placement.stop(f"train.py: error: training diverged at step {step}: {error}. {remedy}", 1)
         self.progress.add_step(sums)
         self.reporter.on_step(self.progress, sums)

@@ -228,6 +228,11 @@ class Ledger:
     def _is_booked(self, record: Record) -> bool:
         return record.counts and record.number == self.number
 
+    @property
+    def done_in_window(self) -> float:
+        """How many values per channel the open window saw in its backward walks."""
+        return self.done if self.booked == self.number else 0.0
+
     def settle(self) -> None:
         """Close the books of a window that is over, if no backward has done so."""
         with _books:

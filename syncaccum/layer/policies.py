@@ -179,7 +179,7 @@ def choose_policy(layer: Accumulating, count: int, eps: float) -> Policy:
     if state.normalization == "batch" and count == 1:
         raise ValueError(
             "Expected more than 1 value per channel when training, got 1; "
-            f'normalization="window" accepts it, in {layer}'
+            f'normalization="renorm" accepts it, in {layer}'
         )
     if state.normalization == "batch" and count > 1:
         return Batch(eps)

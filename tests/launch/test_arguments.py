@@ -62,7 +62,7 @@ def test_a_micro_batch_of_one_needs_a_policy_that_takes_it(
     command = ["--model=mlp", f"--normalization={normalization}", "--train-images=66"]
     assert "--micro-batch 4: with --window 64 and 2 rank(s)" in get_error(capsys, *command)
     check_arguments(Arguments(model="mlp", normalization=normalization, train_images=66), ranks=1)
-    check_arguments(Arguments(model="mlp", normalization="window", train_images=66), ranks=2)
+    check_arguments(Arguments(model="mlp", normalization="renorm", train_images=66), ranks=2)
 
 
 def test_a_global_batch_of_one_has_no_variance_in_the_mlp(capsys: pytest.CaptureFixture[str]) -> None:

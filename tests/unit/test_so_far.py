@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 import syncaccum
 from syncaccum import SyncAccumBatchNorm, commit, convert_sync_accum, discard, not_counted
 from syncaccum.layer.replay import Record
+
+# Its windows are of many lengths; one test looks at what is told.
+pytestmark = pytest.mark.filterwarnings("ignore:.*much shorter than the one before it:UserWarning")
 
 FLOOR = 0.1
 SHAPE = (4, 3, 2, 5)  # of a micro-batch: 40 values per channel, 10 per sample
@@ -412,6 +416,21 @@ def test_a_pruned_layer_starts_anew() -> None:
     assert commit(layer).values == {"SyncAccumBatchNorm": 40}
 
 
+@pytest.mark.parametrize(("last", "warned"), [(1, True), (2, True), (3, False), (4, False), (8, True)])
+def test_a_window_much_shorter_than_the_last_is_told_once(last: int, warned: bool, recwarn: Any) -> None:
+    layer = make_layer()
+    for length in (4, last, 4, last):
+        for i in range(length):
+            layer(draw(i).requires_grad_()).sum().backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            commit(layer)
+    assert layer.num_batches_tracked == 4
+    told = [str(one.message) for one in recwarn if "much shorter than the one before" in str(one.message)]
+    assert len(told) == warned
+    assert all("drop_last=True" in message and "SyncAccumBatchNorm" in message for message in told)
+
+
 def test_another_policy_and_back_forgets_the_books() -> None:
     layer, _ = make_second_window()
     commit(layer)
@@ -518,7 +537,8 @@ def test_a_frozen_layer_under_a_checkpoint_runs_again_as_the_first_time() -> Non
     gradients = []
     for saves in (True, False):
         torch.manual_seed(0)
-        net = convert_sync_accum(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).double())
+        net = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).double()
+        net = convert_sync_accum(net, normalization="window")
         net[0].requires_grad_(False)
         for i in range(3):
             y = checkpoint(net, draw(i), use_reentrant=False) if saves else net(draw(i))
