@@ -1,7 +1,7 @@
 """What does the exact mode cost over ordinary micro-batches with nn.BatchNorm?
 
 ResNet-18, forward and backward of a window: K ordinary micro-batches with nn.BatchNorm, the same with the converted
-model (policy window), and lockstep. They take turns; a ratio is the median over rounds of the ratio within a round.
+model (policy renorm), and lockstep. They take turns; a ratio is the median over rounds of the ratio within a round.
 
     python -m benchmarks.lockstep_speed
 """
@@ -46,10 +46,10 @@ def timed(function: Callable[[nn.Module, Sequence[Tensor]], None], model: nn.Mod
 def measure(shape: tuple[int, ...]) -> dict[str, list[float]]:
     plain, converted = build_resnet18(), convert_sync_accum(build_resnet18())
     parts = [torch.randn(shape) for _ in range(MICRO_BATCHES)]
-    times: dict[str, list[float]] = {"ordinary": [], "window": [], "lockstep": []}
+    times: dict[str, list[float]] = {"ordinary": [], "renorm": [], "lockstep": []}
     for _ in range(ROUNDS + 1):
         times["ordinary"].append(timed(one_by_one, plain, parts))
-        times["window"].append(timed(one_by_one, converted, parts))
+        times["renorm"].append(timed(one_by_one, converted, parts))
         discard(converted)
         times["lockstep"].append(timed(side_by_side, converted, parts))
     return {name: seconds[1:] for name, seconds in times.items()}
@@ -60,7 +60,7 @@ def main() -> None:
     for shape in SHAPES:
         times = measure(shape)
         where = f"{MICRO_BATCHES} micro-batches of {'x'.join(map(str, shape))}"
-        for name, target in (("lockstep", 1.15), ("window", None)):
+        for name, target in (("lockstep", 1.15), ("renorm", None)):
             ratio = statistics.median(a / b for a, b in zip(times[name], times["ordinary"], strict=True))
             note = f"{statistics.median(times[name]) * 1e3:.0f} / {statistics.median(times['ordinary']) * 1e3:.0f} ms"
             figures.append(Figure(f"{name} / nn.BatchNorm, ResNet-18, {where}", ratio, target, note=note))

@@ -1,7 +1,7 @@
 """What do look-ahead and lockstep cost over ordinary gradient accumulation, in time and in memory?
 
 ResNet-18, forward and backward of a window of 32 images: ordinary micro-batches with nn.BatchNorm, the same with the
-converted model (policy window), look-ahead, and lockstep; these two also with ``offload="cpu"``. For time they take
+converted model (policy renorm), look-ahead, and lockstep; these two also with ``offload="cpu"``. For time they take
 turns; a ratio is the median over rounds of the ratio within a round. Memory is what a GPU would hold above the start,
 as `device_memory` counts it. Offload copies from memory to memory here: its time says nothing of a GPU's.
 
@@ -53,7 +53,7 @@ def make_walks() -> dict[str, tuple[Walk, nn.Module]]:
     plain, converted = build_resnet18(), convert_sync_accum(build_resnet18())
     return {
         "nn.BatchNorm": (one_by_one, plain),
-        "window": (one_by_one, converted),
+        "renorm": (one_by_one, converted),
         "lookahead": (look_ahead, converted),
         "lookahead, offload": (offloaded(look_ahead), converted),
         "lockstep": (side_by_side, converted),

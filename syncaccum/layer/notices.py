@@ -91,9 +91,9 @@ def warn_of_short_window(layer: Accumulating) -> None:
     warn_once(
         layer,
         "short",
-        'under normalization="window" ended a window that was much shorter than the one before it. Each micro-batch pays '
-        "a part of the feedback, and those that did not come paid nothing: this step may move the statistics far. Give "
-        'all windows one length, as with drop_last=True, or use normalization="renorm"',
+        'under normalization="window" ended a window that was much shorter than the one before it. Each micro-batch '
+        "pays a part of the feedback, and those that did not come paid nothing: this step may move the statistics far. "
+        'Give all windows one length, as with drop_last=True, or use normalization="renorm"',
     )
 
 
