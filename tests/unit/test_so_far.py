@@ -17,9 +17,6 @@ import syncaccum
 from syncaccum import SyncAccumBatchNorm, commit, convert_sync_accum, discard, not_counted
 from syncaccum.layer.replay import Record
 
-# Its windows are of many lengths; one test looks at what is told.
-pytestmark = pytest.mark.filterwarnings("ignore:.*much shorter than the one before it:UserWarning")
-
 FLOOR = 0.1
 SHAPE = (4, 3, 2, 5)  # of a micro-batch: 40 values per channel, 10 per sample
 DIMS = (0, 2, 3)
