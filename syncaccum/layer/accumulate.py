@@ -91,9 +91,10 @@ def accumulate_together(sums: Mapping[Accumulating, Tensor]) -> None:
 
 
 def _open(layer: Accumulating) -> None:
+    state = layer._accumulation
     # Assigned, never read: reading would make compiled code depend on it.
-    layer._accumulation.momentum = layer.momentum
-    layer._accumulation.is_open = True
+    state.momentum = layer.momentum if state.call_momentum is None else state.call_momentum
+    state.is_open = True
 
 
 def _count(layer: Accumulating) -> None:

@@ -43,6 +43,8 @@ class Accumulation:
     """The number of the first training forward that used the running statistics as they are now; None before it."""
     home: Tensor | None = None
     """The layer's own running mean, as last seen: see `given`."""
+    call_momentum: float | None = None
+    """A subclass's own in its call of batch_norm, where the layer has another."""
     ran_untracked: bool = False
     """Whether a training forward since then had track_running_stats off. A checkpoint's second one must not count."""
     micro_batches: int = 0

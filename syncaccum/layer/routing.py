@@ -111,6 +111,10 @@ class _Route(TorchFunctionMode):
         self._taken = True
         # Momentum 0 is how a forward says: do not average this.
         counts = call.running_mean is not None and call.momentum != 0
+        if counts:
+            # None is a cumulative average, whose factor the call has.
+            own = self._layer.momentum
+            self._layer._accumulation.call_momentum = call.momentum if own not in (None, call.momentum) else None
         output = normalize_and_accumulate(self._layer, call.input, call.weight, call.bias, call.eps, counts=counts)
         # That was no window's: it counted at once.
         if not torch.compiler.is_compiling() and has_given_statistics(self._layer):

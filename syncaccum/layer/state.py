@@ -140,6 +140,7 @@ def commit_momentum(layer: Accumulating) -> float | None:
     """
     # A pause is momentum 0 for forwards that do not count.
     # It may be on now, and is no factor of a commit.
-    state, momentum = layer._accumulation, layer.momentum
-    paused = momentum == 0 and not state.always_counts
+    state = layer._accumulation
+    momentum = layer.momentum if state.call_momentum is None else state.call_momentum
+    paused = layer.momentum == 0 and not state.always_counts
     return state.momentum if state.is_open or paused else momentum

@@ -192,11 +192,12 @@ CHOICES = {
 }
 
 
+@pytest.mark.parametrize("setting", ["find_unused_parameters", "static_graph"])
 @pytest.mark.parametrize("choice", list(CHOICES))
 @on_ranks(2)
-def test_unused_parameters_are_those_that_no_micro_batch_uses(rank: Rank, choice: str) -> None:
+def test_unused_parameters_are_those_that_no_micro_batch_uses(rank: Rank, choice: str, setting: str) -> None:
     model, reference = twins(Heads)
-    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    ddp = DistributedDataParallel(model, **{setting: True})  # type: ignore[arg-type]
     heads = CHOICES[choice]
     for step in range(3):
         whole, parts = data(step)

@@ -10,9 +10,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import DeviceMesh, checkpoint
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from syncaccum import commit, convert_sync_accum, gather_window_state_dict, load_window_state_dict
+from syncaccum import (
+    SyncAccumBatchNorm,
+    commit,
+    convert_sync_accum,
+    gather_window_state_dict,
+    load_window_state_dict,
+    revert_sync_accum,
+)
 from tests.oracle import (
     Oracle,
     assert_same_on_all_ranks,
@@ -122,3 +129,17 @@ def test_a_device_mesh_of_two_dimensions_is_an_error_that_names_them(rank: Rank)
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     with pytest.raises(ValueError, match=r'2 dimensions: pass the one .* mesh\["dp"\]; it has \'dp\', \'tp\''):
         convert_sync_accum(nn.BatchNorm2d(3), mesh)
+
+
+@on_ranks(2)
+def test_a_layer_that_fully_shard_took_goes_back_beneath_it(rank: Rank) -> None:
+    model = make_model("batch")
+    plain = revert_sync_accum(make_model("batch"))
+    fully_shard(model[1])
+    revert_sync_accum(model)
+    assert isinstance(model[1], FSDPModule)
+    assert isinstance(model[1], nn.BatchNorm2d)
+    assert not isinstance(model[1], SyncAccumBatchNorm)
+    x = draw(rank, 0)
+    torch.testing.assert_close(model(x), plain(x))
+    torch.testing.assert_close(model[1].running_var, plain[1].running_var)

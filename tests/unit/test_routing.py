@@ -215,6 +215,34 @@ def test_a_training_call_with_its_own_statistics_is_taken(cls: Any, momentum: fl
     assert type(revert_sync_accum(converted)) is cls
 
 
+class OwnMomentum(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.01)
+
+
+class DefaultMomentum(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("cls", [OwnMomentum, DefaultMomentum])
+def test_a_momentum_of_the_calls_own_is_the_commits(cls: Any, exact: bool) -> None:
+    """The layer's own is 0.3, of which the call does not know."""
+    plain, layer = cls(3, momentum=0.3), convert_sync_accum(cls(3, momentum=0.3))
+    for step in range(3):
+        whole = draw(7, 3, 4, 4) + step
+        plain(whole)
+        plain.num_batches_tracked += 1  # these subclasses do not count
+        parts = list(whole.split([2, 5]))
+        lockstep(layer, layer, parts) if exact else [layer(x) for x in parts]
+        commit(layer)
+        assert_same_buffers(layer, plain)
+    # A commit of nothing leaves all as it is.
+    commit(layer)
+    assert_same_buffers(layer, plain)
+
+
 @pytest.mark.parametrize("cls", [ThroughTorch, ThroughHelpers, Copied, CountsAfterwards, Synchronised])
 def test_the_exact_mode_meets_in_a_subclass(cls: Any) -> None:
     plain, layer = cls(3).double(), convert_sync_accum(cls(3).double())

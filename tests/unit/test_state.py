@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -398,9 +399,14 @@ def test_without_running_statistics_it_is_a_plain_batch_norm(missing: str) -> No
         if missing == "both":
             m[1].running_var = None
     x = draw(8, 3)
-    if missing == "both":
-        for mode in (True, False):
+    for mode in (True, False):
+        if missing == "both":
             torch.testing.assert_close(model.train(mode)(x), plain.train(mode)(x))
+            continue
+        with pytest.raises((ValueError, RuntimeError)) as expected:
+            plain.train(mode)(x)
+        with pytest.raises(expected.type, match=re.escape(str(expected.value))):
+            model.train(mode)(x)
     with pytest.raises(syncaccum.NoLayersError, match="tracks statistics"):
         commit(model)
 
