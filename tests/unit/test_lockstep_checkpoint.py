@@ -6,7 +6,6 @@ import copy
 import functools
 import gc
 import itertools
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -28,9 +27,9 @@ from syncaccum import LockstepError, commit, convert_sync_accum, lockstep, looka
 from syncaccum.exact.checkpoints import Checkpoints
 from syncaccum.layer import surroundings
 from syncaccum.torch_private import all_saved_tensor_hooks, runs_in_backward
-from tests.unit.interrupts import Interrupt
+from tests.unit.interrupts import Interrupt, Line, interrupt_at, traced_lines
 from tests.unit.test_lockstep import assert_same_gradients, images, pair
-from tests.unit.test_lockstep_faults import Line, parts_of, trace_lines
+from tests.unit.test_lockstep_faults import parts_of
 from tests.unit.test_lookahead_faults import Shared
 from tests.unit.test_offload import run_offloaded
 
@@ -135,6 +134,16 @@ def leaves(*sizes: int) -> list[Tensor]:
     return [x.requires_grad_() for x in images(*sizes)]
 
 
+def assert_walks_as_the_whole_batch(model: nn.Module, reference: nn.Module, parts: list[Tensor]) -> None:
+    """Gradients of parameters and of inputs, the model under one checkpoint."""
+    outputs = lockstep(model, lambda x: around(model, x), parts)
+    whole = torch.cat([p.detach() for p in parts]).requires_grad_()
+    loss_of(torch.cat(outputs)).backward()
+    loss_of(reference(whole)).backward()
+    assert_same_gradients(model, reference)
+    torch.testing.assert_close(torch.cat([p.grad for p in parts]), whole.grad, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.usefixtures("both_passes")
 @pytest.mark.parametrize("sizes", [(6,), (3, 3), (1, 4, 2), (0, 5, 0), (1, 1, 1, 1)], ids=str)
 def test_gradients_are_those_of_the_whole_batch_with_dropout_inside(sizes: tuple[int, ...]) -> None:
@@ -236,13 +245,7 @@ def test_other_hooks_inside_of_a_checkpoint() -> None:
             return y.tanh()
 
     model, reference = pair(lambda: Saved(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)))
-    parts = leaves(2, 3)
-    outputs = lockstep(model, lambda x: around(model, x), parts)
-    whole = torch.cat([p.detach() for p in parts]).requires_grad_()
-    loss_of(torch.cat(outputs)).backward()
-    loss_of(reference(whole)).backward()
-    assert_same_gradients(model, reference)
-    torch.testing.assert_close(torch.cat([p.grad for p in parts]), whole.grad, rtol=1e-9, atol=1e-12)
+    assert_walks_as_the_whole_batch(model, reference, leaves(2, 3))
 
 
 class Twins(nn.Module):
@@ -258,13 +261,7 @@ class Twins(nn.Module):
 
 def test_two_layers_that_take_one_input() -> None:
     model, reference = pair(Twins)
-    parts = leaves(2, 3)
-    outputs = lockstep(model, lambda x: around(model, x), parts)
-    whole = torch.cat([p.detach() for p in parts]).requires_grad_()
-    loss_of(torch.cat(outputs)).backward()
-    loss_of(reference(whole)).backward()
-    assert_same_gradients(model, reference)
-    torch.testing.assert_close(torch.cat([p.grad for p in parts]), whole.grad, rtol=1e-9, atol=1e-12)
+    assert_walks_as_the_whole_batch(model, reference, leaves(2, 3))
 
 
 class Conditional(nn.BatchNorm2d):
@@ -612,20 +609,9 @@ def test_an_interrupt_before_any_line_leaves_all_or_nothing() -> None:
     parts = parts_of(3, 3)
 
     def traced(arrive: Callable[[Line], None]) -> None:
-        tracer = sys.gettrace()
-        sys.settrace(trace_lines(arrive))
         results: list[Tensor] = []
-        try:
+        with traced_lines(arrive):
             results += lockstep(model, lambda x: around(model, x), parts)
-        finally:
-            sys.settrace(tracer)
-
-    def interrupt_at(line: Line) -> Callable[[Line], None]:
-        def arrive(at: Line) -> None:
-            if at == line:
-                raise Interrupt
-
-        return arrive
 
     lines: list[Line] = []
     traced(lines.append)

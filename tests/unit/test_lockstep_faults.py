@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import linecache
 import os
 import random
 import re
@@ -13,10 +12,9 @@ import sys
 import threading
 import time
 import warnings
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +27,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import spectral_norm as old_spectral_norm
 
 from syncaccum import LockstepError, SyncAccumBatchNorm, convert_sync_accum, lockstep
-from tests.unit.interrupts import Interrupt, arrived
+from tests.unit.interrupts import Interrupt, Line, arrived, interrupt_at, traced_lines
 from tests.unit.test_lockstep import assert_same_gradients
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
@@ -356,56 +354,18 @@ def test_an_interrupt_at_any_moment_leaves_all_or_nothing(interruptible: None) -
     assert interrupted == 300
 
 
-class Line(NamedTuple):
-    """A line of the exact mode, and how often it had run before."""
-
-    file: str
-    number: int
-    runs: int
-
-
-def trace_lines(arrive: Callable[[Line], None]) -> Callable[..., Any]:
-    """A tracer that calls `arrive` before each line of the exact mode."""
-    runs: Counter[tuple[str, int]] = Counter()
-
-    def trace_line(frame: Any, event: str, argument: Any) -> Any:
-        place = frame.f_code.co_filename, frame.f_lineno
-        # Python lets no signal in between the end of a `with` and its exit; a tracer could.
-        if event == "line" and not linecache.getline(*place).strip().startswith("with "):
-            runs[place] += 1
-            arrive(Line(*place, runs[place] - 1))
-        return trace_line
-
-    def trace(frame: Any, event: str, argument: Any) -> Any:
-        name = frame.f_code.co_filename
-        return trace_line if "syncaccum/exact/" in name or name.endswith("syncaccum/layer/state.py") else None
-
-    return trace
-
-
 def test_an_interrupt_before_any_line_leaves_all_or_nothing(group: None) -> None:
     model, _ = pair(lambda: small(parametrizations.orthogonal(nn.Linear(4, 4))))
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
     parts = parts_of(3, 3)
 
     def traced(arrive: Callable[[Line], None]) -> None:
-        tracer = sys.gettrace()
-        sys.settrace(trace_lines(arrive))
-        try:
+        with traced_lines(arrive):
             lockstep(ddp, ddp, parts)
-        finally:
-            sys.settrace(tracer)
 
     lines: list[Line] = []
     traced(lines.append)
     assert_nothing_is_left(model, 6)
-
-    def interrupt_at(line: Line) -> Callable[[Line], None]:
-        def arrive(at: Line) -> None:
-            if at == line:
-                raise Interrupt
-
-        return arrive
 
     kept: list[int] = []
     # A wait for threads to end asks again and again, the busier the machine the more often.
