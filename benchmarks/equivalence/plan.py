@@ -70,6 +70,7 @@ def plan_full(seeds: Sequence[int]) -> Plan:
             *_plan_chosen_on(seeds),
             *_plan_held_out(seeds),
             *_plan_extremes(few),
+            *_plan_rests(seeds),
             *make_grid("mlp", (*_MAIN, "exact"), (4,), few, ranks=2),
             *make_grid("denoise", (*_MAIN, "exact"), (4,), one, ranks=2),
             *_plan_double_precision(one),
@@ -133,6 +134,16 @@ def _plan_extremes(seeds: Sequence[int]) -> list[Case]:
         *make_grid("denoise", (*_MAIN, "mabn"), (4,), seeds[:1], lr=0.3),
         *(case for window in (8, 16, 32) for case in make_grid("mlp", _MAIN, (4,), seeds, window=window)),
         *(case for window in (128, 256) for case in make_grid("mlp", _MAIN, (4,), seeds[:1], window=window)),
+    ]
+
+
+def _plan_rests(seeds: Sequence[int]) -> list[Case]:
+    """Epochs whose last window is short, a constant learning rate, and the score right after such a window."""
+    return [
+        *make_grid("mlp", _MAIN, (1, 4), seeds, steps=115, rest=29),
+        *make_grid("denoise", _MAIN, (1, 4), seeds[:2], steps=64, rest=20),
+        *make_grid("mnist", _MAIN, (1, 4), seeds[:3], steps=63, rest=32),
+        *make_grid("resnet", _MAIN, (4,), seeds[:2], steps=46, rest=29),
     ]
 
 

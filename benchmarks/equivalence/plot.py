@@ -131,7 +131,9 @@ def _draw_extremes(axes: Axes, summaries: Sequence[Summary], task: str, name: st
     shown = [
         s
         for s in summaries
-        if s.group.task == task and s.group.ranks == 1 and getattr(s.group, fixed) == getattr(own, fixed)
+        if s.group.task == task
+        and (s.group.ranks, s.group.rest) == (1, 0)
+        and getattr(s.group, fixed) == getattr(own, fixed)
     ]
     tried = [s for s in shown if not s.group.is_own and s.group.policy not in (REFERENCE, *FROM_SAMPLES)]
     size = max(s.group.micro_batch for s in tried)

@@ -22,8 +22,8 @@ def build_gap_table(summaries: Sequence[Summary], setting: Group) -> Table:
     origin = "settings chosen on it" if task.chosen_on else "held out"
     table = Table(
         title=f"{setting.task} ({origin}), lr {setting.lr:g}, window {setting.window}, {setting.steps} steps, "
-        f"{setting.ranks} rank(s): gap to the large batch in {_name_unit(setting.task)} +- standard error "
-        "[spread over seeds; seeds] ms per step",
+        f"{setting.ranks} rank(s){_describe_rest(setting)}: gap to the large batch in {_name_unit(setting.task)} "
+        "+- standard error [spread over seeds; seeds] ms per step",
         title_justify="left",
         min_width=_TITLE_WIDTH,
     )
@@ -37,6 +37,10 @@ def build_gap_table(summaries: Sequence[Summary], setting: Group) -> Table:
         if any(found):
             table.add_row(policy, *map(describe_gap, found))
     return table
+
+
+def _describe_rest(setting: Group) -> str:
+    return f", each epoch's last window {setting.rest}" if setting.rest else ""
 
 
 def _name_unit(task: str) -> str:

@@ -254,6 +254,7 @@ def test_training_samples_fill_whole_windows() -> None:
     for task in TASKS:
         for window in (24, 64):
             assert len(load_task(task, 0, torch.float32, window).train[1]) % window == 0
+            assert len(load_task(task, 0, torch.float32, window, rest=3).train[1]) % window == 3
 
 
 def test_the_learning_rate_falls_to_zero() -> None:
@@ -436,3 +437,17 @@ def test_bad_options_say_what_to_do(options: list[str], message: str, capsys: py
         main(options)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_epoch_with_a_rest_ends_with_it_and_each_sample_counts_alike() -> None:
+    case = Case("mlp", "exact", 4, 0.1, 0, 23, rest=29)
+    training = Training(case, Placement())
+    plain = Training(case.reference, Placement())
+    sizes = [len(training._global_batch(step)) for step in range(46)]
+    assert sizes == 2 * [*22 * [64], 29]
+    rates = []
+    for step in (0, 22):
+        # The loss is a mean over the window's own samples.
+        torch.testing.assert_close(training.step(step), plain.step(step))
+        rates.append(training._optimizer.param_groups[0]["lr"])
+    assert rates == [0.1, 0.1]
