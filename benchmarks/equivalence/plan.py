@@ -168,8 +168,16 @@ def _plan_gradients(seeds: Sequence[int]) -> list[Case]:
         *make_grid("denoise", (ANOTHER_WINDOW, "online"), (_CHEAPEST,), seeds, steps=40),
         *make_grid("resnet", compared, (2, 4, 8), seeds, steps=20),
         *make_grid("resnet", (ANOTHER_WINDOW, "online"), (_CHEAPEST,), seeds, steps=20),
+        *(case for ranks in (2, 4, 8) for case in _on_ranks(seeds, ranks)),
         *make_grid("segment", compared, (1, 4), seeds, steps=40),
         *make_grid("segment", (ANOTHER_WINDOW, "online"), (_CHEAPEST,), seeds, steps=40),
+    ]
+
+
+def _on_ranks(seeds: Sequence[int], ranks: int) -> list[Case]:
+    return [
+        *make_grid("mlp", ("lookahead",), (1,), seeds, steps=60, ranks=ranks),
+        *make_grid("denoise", ("lookahead",), (1,), seeds, steps=20, ranks=ranks),
     ]
 
 

@@ -55,6 +55,7 @@ _Points = list[tuple[float, float, float]]
 def draw_plot(path: Path, summaries: Sequence[Summary], gradients: Sequence[Fidelity]) -> None:
     """A panel for each task; then gradients, window lengths and learning rates where they were measured."""
     own = [setting for setting in list_settings(summaries) if setting.is_own]
+    gradients = [fidelity for fidelity in gradients if fidelity.case.ranks == 1]
     with_gradients = list(dict.fromkeys(fidelity.case.task for fidelity in gradients))
     others = [setting for setting in list_settings(summaries) if not setting.is_own and setting.ranks == 1]
     by_window = list(dict.fromkeys(s.task for s in others if s.window != TASKS[s.task].window))

@@ -72,10 +72,10 @@ def build_gradient_table(fidelities: Sequence[Fidelity]) -> Table:
     """Relative error and cosine to the large batch's gradient; medians over its trajectory."""
     table = Table(title="gradients beside the large batch's, medians: relative error, cosine", title_justify="left")
     table.add_column("policy")
-    columns = list(dict.fromkeys((f.case.task, f.case.micro_batch) for f in fidelities))
-    for task, size in columns:
-        table.add_column(f"{task} {size}", justify="right")
-    cells = {(f.case.policy, f.case.task, f.case.micro_batch): _describe_fidelity(f) for f in fidelities}
+    columns = list(dict.fromkeys((f.case.task, f.case.micro_batch, f.case.ranks) for f in fidelities))
+    for task, size, ranks in columns:
+        table.add_column(f"{task} {size}" + (f", {ranks} ranks" if ranks > 1 else ""), justify="right")
+    cells = {(f.case.policy, f.case.task, f.case.micro_batch, f.case.ranks): _describe_fidelity(f) for f in fidelities}
     for policy in (ANOTHER_WINDOW, *POLICIES):
         row = [cells.get((policy, *column), "") for column in columns]
         if any(row):
