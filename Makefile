@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 FAST := .venv-fast
 FRAMEWORKS := .venv-frameworks
+DOCS := .venv-docs
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-frameworks faults test-multinode check format bench equivalence clean
+.PHONY: help demo test test-fast test-frameworks faults test-multinode check format docs notebook bench equivalence clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -81,6 +82,18 @@ format: $(INSTALLED) ## format and mend what lint can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+$(DOCS)/.installed: docs/site/requirements.txt
+	$(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+# The variable takes away a notice of what follows after this version of mkdocs.
+docs: $(DOCS)/.installed ## build the documentation's site in runs/site; a warning fails; ARGS=serve shows it while you write
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs $(or $(ARGS),build --strict)
+
+notebook: $(INSTALLED) ## run docs/small-batches.ipynb anew, and keep in it what it shows
+	$(BIN)/python docs/site/run_notebook.py
+
 bench: $(INSTALLED) ## run every benchmark; results go to benchmarks/results
 	PATH="$(CURDIR)/$(BIN):$$PATH" benchmarks/run_all.sh
 
@@ -88,4 +101,4 @@ equivalence: $(INSTALLED) ## compare normalization policies with the large batch
 	$(BIN)/python -m benchmarks.equivalence $(ARGS)
 
 clean: ## remove the virtual environment and what runs left behind
-	rm -rf $(VENV) $(FAST) $(FRAMEWORKS) runs
+	rm -rf $(VENV) $(FAST) $(FRAMEWORKS) $(DOCS) runs
