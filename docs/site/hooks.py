@@ -55,7 +55,7 @@ def _find_outside(target: str, config: MkDocsConfig) -> str:
     if target.endswith(".png"):
         return _place(target)
     kind = "tree" if (_ROOT / target).is_dir() else "blob"
-    return f"{config.repo_url}/{kind}/main/{target}"
+    return f"{config.extra['repository']}/{kind}/main/{target}"
 
 
 def _add_docstrings(markdown: str) -> str:
