@@ -8,7 +8,7 @@ DOCS := .venv-docs
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-frameworks faults test-multinode check format docs notebook bench equivalence clean
+.PHONY: help demo test test-fast test-frameworks faults test-multinode check format bench equivalence clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -72,6 +72,19 @@ faults: $(INSTALLED) ## kill, stop and cut off ranks on nodes made of network na
 	PYTHON=$(BIN)/python tests/faults/run.sh $(or $(ARGS),--faults-json benchmarks/results/faults.json)
 	$(BIN)/python -m benchmarks.kill_schedule
 
+$(DOCS)/.installed: docs/site/requirements.txt
+	$(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+# docs is a folder, too. The variable takes away a notice of what follows after this version of mkdocs.
+.PHONY: docs notebook
+docs: $(DOCS)/.installed ## build the documentation's site in runs/site; a warning fails; ARGS=serve shows it while you write
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs $(or $(ARGS),build --strict)
+
+notebook: $(INSTALLED) ## run docs/small-batches.ipynb anew, and keep in it what it shows
+	$(BIN)/python docs/site/run_notebook.py
+
 check: $(INSTALLED) ## formatting, lint, import order and strict types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -81,18 +94,6 @@ check: $(INSTALLED) ## formatting, lint, import order and strict types
 format: $(INSTALLED) ## format and mend what lint can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-
-$(DOCS)/.installed: docs/site/requirements.txt
-	$(PYTHON) -m venv --clear $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet --requirement $<
-	touch $@
-
-# The variable takes away a notice of what follows after this version of mkdocs.
-docs: $(DOCS)/.installed ## build the documentation's site in runs/site; a warning fails; ARGS=serve shows it while you write
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs $(or $(ARGS),build --strict)
-
-notebook: $(INSTALLED) ## run docs/small-batches.ipynb anew, and keep in it what it shows
-	$(BIN)/python docs/site/run_notebook.py
 
 bench: $(INSTALLED) ## run every benchmark; results go to benchmarks/results
 	PATH="$(CURDIR)/$(BIN):$$PATH" benchmarks/run_all.sh
