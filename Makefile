@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 FAST := .venv-fast
 FRAMEWORKS := .venv-frameworks
+DOCS := .venv-docs
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -71,6 +72,19 @@ faults: $(INSTALLED) ## kill, stop and cut off ranks on nodes made of network na
 	PYTHON=$(BIN)/python tests/faults/run.sh $(or $(ARGS),--faults-json benchmarks/results/faults.json)
 	$(BIN)/python -m benchmarks.kill_schedule
 
+$(DOCS)/.installed: docs/site/requirements.txt
+	$(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+# docs is a folder, too. The variable takes away a notice of what follows after this version of mkdocs.
+.PHONY: docs notebook
+docs: $(DOCS)/.installed ## build the documentation's site in runs/site; a warning fails; ARGS=serve shows it while you write
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs $(or $(ARGS),build --strict)
+
+notebook: $(INSTALLED) ## run docs/small-batches.ipynb anew, and keep in it what it shows
+	$(BIN)/python docs/site/run_notebook.py
+
 check: $(INSTALLED) ## formatting, lint, import order and strict types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -88,4 +102,4 @@ equivalence: $(INSTALLED) ## compare normalization policies with the large batch
 	$(BIN)/python -m benchmarks.equivalence $(ARGS)
 
 clean: ## remove the virtual environment and what runs left behind
-	rm -rf $(VENV) $(FAST) $(FRAMEWORKS) runs
+	rm -rf $(VENV) $(FAST) $(FRAMEWORKS) $(DOCS) runs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -15,9 +16,8 @@ from markdown_it.token import Token
 
 from tests.docs.blocks import ROOT
 
-_DOCUMENTS = sorted(
-    str(path.relative_to(ROOT)) for pattern in ("*.md", "docs/*.md", "launch/*.md") for path in ROOT.glob(pattern)
-)
+_PATTERNS = ("*.md", "docs/*.md", "docs/*.ipynb", "launch/*.md")
+_DOCUMENTS = sorted(str(path.relative_to(ROOT)) for pattern in _PATTERNS for path in ROOT.glob(pattern))
 _TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 _PACKAGES = ("syncaccum", "benchmarks", "launch", "tests")
 # A path as documents write it: with a folder of ours in front, or a shell script's name.
@@ -26,9 +26,16 @@ _LEFT_BY_RUNS = "runs/"
 
 
 def _walk(document: str) -> Iterator[Token]:
-    for token in MarkdownIt().enable("table").parse((ROOT / document).read_text()):
+    for token in MarkdownIt().enable("table").parse(_read(ROOT / document)):
         yield token
         yield from token.children or ()
+
+
+def _read(path: Path) -> str:
+    if path.suffix != ".ipynb":
+        return path.read_text()
+    cells = json.loads(path.read_text())["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
 
 @pytest.mark.parametrize("document", _DOCUMENTS)
@@ -68,9 +75,9 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
         reached.add(page)
         for token in _walk(str(page.relative_to(ROOT))):
             target = token.attrGet("href")
-            if isinstance(target, str) and target.endswith(".md") and "://" not in target:
+            if isinstance(target, str) and target.endswith((".md", ".ipynb")) and "://" not in target:
                 found = (page.parent / target).resolve()
                 if found not in reached:
                     ahead.append(found)
-    pages = {path.resolve() for path in Path(ROOT / "docs").glob("*.md")}
+    pages = {path.resolve() for pattern in ("*.md", "*.ipynb") for path in Path(ROOT / "docs").glob(pattern)}
     assert pages <= reached, pages - reached
