@@ -59,7 +59,7 @@ class Limits:
 
 
 def plan_full(seeds: Sequence[int]) -> Plan:
-    """About an hour and a half on one core; without references.
+    """About two hours on one core; without references.
 
     Everything everywhere would take a day. Where runs are short, the policies that a user chooses between have all
     sizes and seeds; relatives and settings have the sizes at which they differ, and two seeds.
