@@ -64,13 +64,6 @@ def pay_soon(n: float, done: float, total: float, of_sample: float) -> float:
     return max(soon, _FLOOR * total, _LEAST * of_sample, n)
 
 
-def is_cut_short(done: float, total: float, of_sample: float) -> bool:
-    """Whether a window that ended after ``done`` values, where `pay_soon` took ``total``, paid less than about 0.4."""
-    # With h = those that pay soon / done, h (1 - exp(-1 / h)) is left,
-    # .63 at h = 1; and .69 of a short window at half of its length.
-    return done < max(_SOON * of_sample, _FLOOR * total) and done < 0.5 * total
-
-
 class Due(NamedTuple):
     """What a micro-batch is to pay, before the sums of its backward are known: an equal part of all that is owed."""
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from syncaccum.layer.balance import Due, is_cut_short, pay_soon
+from syncaccum.layer.balance import Due, pay_soon
 from syncaccum.layer.following import follow
 from syncaccum.layer.keys import make_key
 from syncaccum.layer.replay import Record, Records
@@ -227,12 +227,6 @@ class Ledger:
 
     def _is_booked(self, record: Record) -> bool:
         return record.counts and record.number == self.number
-
-    @property
-    def is_cut_short(self) -> bool:
-        """Whether the open window leaves much unpaid, if it ends now."""
-        done = self.done if self.booked == self.number else 0.0
-        return done > 0 and self.samples > 0 and is_cut_short(done, self.expected, done / self.samples)
 
     def settle(self) -> None:
         """Close the books of a window that is over, if no backward has done so."""

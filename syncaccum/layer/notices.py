@@ -76,23 +76,6 @@ def refuse_other_statistics(state: Accumulation, name: str, own: Tensor) -> None
     )
 
 
-def has_short_window(layer: Accumulating) -> bool:
-    """Whether the open window, under policy "window", pays little of its feedback because it ends early."""
-    ledger = layer._accumulation.ledger
-    return ledger is not None and ledger.is_cut_short
-
-
-def warn_of_short_window(layer: Accumulating) -> None:
-    """Say that the step of this window lacks feedback."""
-    warn_once(
-        layer,
-        "short",
-        'under normalization="window" ended a window of a few samples, much shorter than those before it. Later '
-        "micro-batches would have paid most of its feedback: this step may move the statistics far. Leave such a "
-        'rest out, as with drop_last=True, or use normalization="renorm"',
-    )
-
-
 def note_uncounted_forward(layer: Accumulating) -> None:
     """Note a forward that goes into no statistics: one in eval mode, or one in training that tracks none."""
     if not layer.training:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,9 +36,6 @@ def make_layer(**arguments: Any) -> SyncAccumBatchNorm:
         layer.weight.copy_(torch.tensor([0.5, -1.0, 2.0]))
         layer.bias.copy_(torch.tensor([1.0, 0.0, -1.0]))
     return layer
-
-
-tiny_windows = pytest.mark.filterwarnings("ignore:.*much shorter than those before")
 
 
 class Oracle:
@@ -136,7 +132,6 @@ class Oracle:
 
 
 @both_passes
-@tiny_windows
 def test_windows_of_any_length_follow_the_formulas() -> None:
     layer = make_layer()
     oracle = Oracle(layer)
@@ -309,7 +304,6 @@ def test_a_window_discarded_before_its_first_backward_keeps_the_length_of_the_la
     oracle.check_window(layer, 40, (4, 4))
 
 
-@tiny_windows
 def test_windows_without_a_backward_change_no_expectation() -> None:
     layer, oracle = make_second_window()
     commit(layer)
@@ -322,7 +316,6 @@ def test_windows_without_a_backward_change_no_expectation() -> None:
     oracle.check_window(layer, 40, (4, 4))
 
 
-@tiny_windows
 @both_passes
 def test_a_backward_after_the_commit_of_its_window_has_its_own_share_and_leaves_the_books_alone() -> None:
     layer, oracle = make_second_window()
@@ -409,7 +402,6 @@ def test_a_copy_goes_on_alone(copied: Any) -> None:
     oracle.check(copied(again), 30)
 
 
-@tiny_windows
 def test_a_pruned_layer_starts_anew() -> None:
     layer, _ = make_second_window()
     commit(layer)
@@ -423,23 +415,6 @@ def test_a_pruned_layer_starts_anew() -> None:
     assert commit(layer).values == {"SyncAccumBatchNorm": 40}
 
 
-@pytest.mark.parametrize(("last", "warned"), [(1, True), (2, True), (3, False), (10, False), (40, False)])
-def test_a_window_much_shorter_than_the_last_is_told_once(last: int, warned: bool, recwarn: Any) -> None:
-    layer = make_layer()
-    # 12 samples pay soon: three micro-batches.
-    for length in (10, last, 10, last):
-        for i in range(length):
-            layer(draw(i).requires_grad_()).sum().backward()
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            commit(layer)
-    assert layer.num_batches_tracked == 4
-    told = [str(one.message) for one in recwarn if "much shorter than those before" in str(one.message)]
-    assert len(told) == warned
-    assert all("drop_last=True" in message and "SyncAccumBatchNorm" in message for message in told)
-
-
-@tiny_windows
 def test_another_policy_and_back_forgets_the_books() -> None:
     layer, _ = make_second_window()
     commit(layer)
@@ -451,7 +426,6 @@ def test_another_policy_and_back_forgets_the_books() -> None:
 # --- saved windows ---------------------------------------------------------------------------------------------
 
 
-@tiny_windows
 @pytest.mark.parametrize("windows", [0, 1, 2, 4])
 def test_a_saved_window_goes_on_bit_for_bit(windows: int) -> None:
     layer, _ = make_second_window()
