@@ -13,7 +13,7 @@ from typing import Any
 from launch.placement import Placement
 from launch.schedule import TRAIN_IMAGES, smallest_micro_batch
 
-NORMALIZATIONS = ("renorm", "window", "batch", "running", "none")
+NORMALIZATIONS = ("window", "renorm", "batch", "running", "none")
 MODELS = ("resnet", "mlp")
 DTYPES = ("float32", "float64")
 RESUMES = ("no", "yes", "auto")
@@ -40,7 +40,7 @@ class Arguments:
 
     micro_batch: int = 4
     window: int = 64
-    normalization: str = "renorm"
+    normalization: str = "window"
     model: str = "resnet"
     lr: float = 0.1
     momentum: float = 0.9
@@ -143,7 +143,7 @@ def _check_values_per_channel(arguments: Arguments, ranks: int) -> None:
             "micro_batch",
             f"with --window {arguments.window} and {ranks} rank(s) some micro-batch would be a single image, "
             f"which --normalization {arguments.normalization} cannot normalise in --model mlp; give another "
-            "micro-batch, or --normalization renorm",
+            "micro-batch, or --normalization window",
         )
 
 

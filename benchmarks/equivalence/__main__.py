@@ -80,7 +80,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     scale = parser.add_mutually_exclusive_group()
     scale.add_argument("--quick", action="store_true", help="a small part of the plan, for a minute on one core")
-    scale.add_argument("--full", action="store_true", help="the whole plan, for an hour and a half (default)")
+    scale.add_argument("--full", action="store_true", help="the whole plan, for two hours (default)")
     scale.add_argument("--redraw", metavar="FOLDER", help="train nothing; draw the pictures of its equivalence.json")
     add = parser.add_argument
     add("--output", default="runs/equivalence", help="folder for finished cases, JSON and plot (default: %(default)s)")

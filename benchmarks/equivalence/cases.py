@@ -53,14 +53,17 @@ class Case:
     ranks: int = 1
     permutation: int = 0
     window: int = 64
+    rest: int = 0
+    """Samples in each epoch's last window, as a loader without drop_last has it. Then the learning rate is constant."""
 
     @property
     def name(self) -> str:
         """Of its files: two cases with one name would compute the same."""
         permuted = f"-permuted{self.permutation}" if self.permutation else ""
+        rest = f"-rest{self.rest}" if self.rest else ""
         return (
             f"{self.task}-{self.policy}-{self.micro_batch}of{self.window}x{self.ranks}-lr{self.lr:g}-seed{self.seed}"
-            f"-{self.dtype}-{self.steps}{permuted}"
+            f"-{self.dtype}-{self.steps}{permuted}{rest}"
         )
 
     @property
@@ -85,13 +88,13 @@ def make_grid(
     window: int | None = None,
     dtype: str = "float32",
     ranks: int = 1,
+    rest: int = 0,
 ) -> list[Case]:
     """Every policy at every size with every seed, at the task's own setting where nothing else is said."""
     own = TASKS[task]
+    lr, steps, window = lr or own.lr, steps or own.steps, window or own.window
     return [
-        Case(
-            task, policy, micro_batch, lr or own.lr, seed, steps or own.steps, dtype, ranks, window=window or own.window
-        )
+        Case(task, policy, micro_batch, lr, seed, steps, dtype, ranks, window=window, rest=rest)
         for seed in seeds
         for micro_batch in micro_batches
         for policy in policies

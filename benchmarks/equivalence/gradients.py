@@ -38,11 +38,11 @@ class Fidelity:
         return cls(**{**content, "case": Case(**content["case"])})
 
 
-def compare_gradients(case: Case) -> Fidelity:
-    """Train the reference, and compare at each of its steps."""
+def compare_gradients(case: Case, placement: Placement) -> Fidelity:
+    """Train the reference, whole on each rank, and compare at each of its steps. Collective."""
     reference = Training(case.reference, Placement())
     yardstick = case.policy == ANOTHER_WINDOW
-    tested = Training(dataclasses.replace(case.reference, policy=REFERENCE) if yardstick else case, Placement())
+    tested = Training(dataclasses.replace(case.reference, policy=REFERENCE) if yardstick else case, placement)
     errors, cosines = [], []
     for step in range(case.steps):
         _copy_weights(reference.model, tested.model)

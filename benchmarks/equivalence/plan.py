@@ -59,7 +59,7 @@ class Limits:
 
 
 def plan_full(seeds: Sequence[int]) -> Plan:
-    """About an hour and a half on one core; without references.
+    """About two hours on one core; without references.
 
     Everything everywhere would take a day. Where runs are short, the policies that a user chooses between have all
     sizes and seeds; relatives and settings have the sizes at which they differ, and two seeds.
@@ -70,6 +70,7 @@ def plan_full(seeds: Sequence[int]) -> Plan:
             *_plan_chosen_on(seeds),
             *_plan_held_out(seeds),
             *_plan_extremes(few),
+            *_plan_rests(seeds),
             *make_grid("mlp", (*_MAIN, "exact"), (4,), few, ranks=2),
             *make_grid("denoise", (*_MAIN, "exact"), (4,), one, ranks=2),
             *_plan_double_precision(one),
@@ -136,6 +137,16 @@ def _plan_extremes(seeds: Sequence[int]) -> list[Case]:
     ]
 
 
+def _plan_rests(seeds: Sequence[int]) -> list[Case]:
+    """Epochs whose last window is short, a constant learning rate, and the score right after such a window."""
+    return [
+        *make_grid("mlp", _MAIN, (1, 4), seeds, steps=115, rest=29),
+        *make_grid("denoise", _MAIN, (1, 4), seeds[:2], steps=64, rest=20),
+        *make_grid("mnist", _MAIN, (1, 4), seeds[:3], steps=63, rest=32),
+        *make_grid("resnet", _MAIN, (4,), seeds[:2], steps=46, rest=29),
+    ]
+
+
 def _plan_double_precision(seeds: Sequence[int]) -> list[Case]:
     """Where rounding hides nothing: exact has to lie on the reference."""
     return [
@@ -157,8 +168,16 @@ def _plan_gradients(seeds: Sequence[int]) -> list[Case]:
         *make_grid("denoise", (ANOTHER_WINDOW, "online"), (_CHEAPEST,), seeds, steps=40),
         *make_grid("resnet", compared, (2, 4, 8), seeds, steps=20),
         *make_grid("resnet", (ANOTHER_WINDOW, "online"), (_CHEAPEST,), seeds, steps=20),
+        *(case for ranks in (2, 4, 8) for case in _on_ranks(seeds, ranks)),
         *make_grid("segment", compared, (1, 4), seeds, steps=40),
         *make_grid("segment", (ANOTHER_WINDOW, "online"), (_CHEAPEST,), seeds, steps=40),
+    ]
+
+
+def _on_ranks(seeds: Sequence[int], ranks: int) -> list[Case]:
+    return [
+        *make_grid("mlp", ("lookahead",), (1,), seeds, steps=60, ranks=ranks),
+        *make_grid("denoise", ("lookahead",), (1,), seeds, steps=20, ranks=ranks),
     ]
 
 

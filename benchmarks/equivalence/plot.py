@@ -55,6 +55,7 @@ _Points = list[tuple[float, float, float]]
 def draw_plot(path: Path, summaries: Sequence[Summary], gradients: Sequence[Fidelity]) -> None:
     """A panel for each task; then gradients, window lengths and learning rates where they were measured."""
     own = [setting for setting in list_settings(summaries) if setting.is_own]
+    gradients = [fidelity for fidelity in gradients if fidelity.case.ranks == 1]
     with_gradients = list(dict.fromkeys(fidelity.case.task for fidelity in gradients))
     others = [setting for setting in list_settings(summaries) if not setting.is_own and setting.ranks == 1]
     by_window = list(dict.fromkeys(s.task for s in others if s.window != TASKS[s.task].window))
@@ -131,7 +132,9 @@ def _draw_extremes(axes: Axes, summaries: Sequence[Summary], task: str, name: st
     shown = [
         s
         for s in summaries
-        if s.group.task == task and s.group.ranks == 1 and getattr(s.group, fixed) == getattr(own, fixed)
+        if s.group.task == task
+        and (s.group.ranks, s.group.rest) == (1, 0)
+        and getattr(s.group, fixed) == getattr(own, fixed)
     ]
     tried = [s for s in shown if not s.group.is_own and s.group.policy not in (REFERENCE, *FROM_SAMPLES)]
     size = max(s.group.micro_batch for s in tried)

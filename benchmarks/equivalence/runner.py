@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -12,10 +14,12 @@ from benchmarks.equivalence.cases import Case
 from benchmarks.equivalence.gradients import Fidelity, compare_gradients
 from benchmarks.equivalence.memory import Peak, measure_peak
 from benchmarks.equivalence.plan import Plan, add_references
-from benchmarks.equivalence.ranks import train_on_ranks
+from benchmarks.equivalence.ranks import run_on_ranks
 from benchmarks.equivalence.results import Result, Results, Store
 from benchmarks.equivalence.training import Trace, train
 from launch.placement import Placement
+
+_Measured = TypeVar("_Measured", Trace, Fidelity)
 
 
 def run(plan: Plan, output: Path) -> Results:
@@ -50,16 +54,16 @@ Show = Callable[[str, Case], None]
 def _train(store: Store, case: Case, show: Show) -> Result:
     show("training", case)
     finished = store.load(case)
-    return finished or store.keep(case, _compute_trace(case))
+    return finished or store.keep(case, _place(train, case))
 
 
-def _compute_trace(case: Case) -> Trace:
-    return train_on_ranks(case) if case.ranks > 1 else train(case, Placement())
+def _place(measure: Callable[[Case, Placement], _Measured], case: Case) -> _Measured:
+    return run_on_ranks(measure, case) if case.ranks > 1 else measure(case, Placement())
 
 
 def _compare(store: Store, case: Case, show: Show) -> Fidelity:
     show("gradients", case)
-    return store.measure(Fidelity, case, compare_gradients)
+    return store.measure(Fidelity, case, partial(_place, compare_gradients))
 
 
 def _measure(store: Store, case: Case, show: Show) -> Peak:

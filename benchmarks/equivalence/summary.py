@@ -25,10 +25,11 @@ class Group:
     ranks: int
     policy: str
     micro_batch: int
+    rest: int = 0
 
     @classmethod
     def of(cls, case: Case) -> Group:
-        return cls(case.task, case.lr, case.window, case.steps, case.ranks, case.policy, case.micro_batch)
+        return cls(**{field.name: getattr(case, field.name) for field in dataclasses.fields(cls)})
 
     @property
     def setting(self) -> Group:
@@ -37,9 +38,9 @@ class Group:
 
     @property
     def is_own(self) -> bool:
-        """Whether it is the task's own setting on one rank; else an extreme, or several ranks."""
+        """Whether it is the task's own setting on one rank; else an extreme, several ranks, or epochs with a rest."""
         own = TASKS[self.task]
-        return (self.lr, self.window, self.ranks) == (own.lr, own.window, 1)
+        return (self.lr, self.window, self.ranks, self.rest) == (own.lr, own.window, 1, 0)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ def build_gap_table(summaries: Sequence[Summary], setting: Group) -> Table:
     origin = "settings chosen on it" if task.chosen_on else "held out"
     table = Table(
         title=f"{setting.task} ({origin}), lr {setting.lr:g}, window {setting.window}, {setting.steps} steps, "
-        f"{setting.ranks} rank(s): gap to the large batch in {_name_unit(setting.task)} +- standard error "
-        "[spread over seeds; seeds] ms per step",
+        f"{setting.ranks} rank(s){_describe_rest(setting)}: gap to the large batch in {_name_unit(setting.task)} "
+        "+- standard error [spread over seeds; seeds] ms per step",
         title_justify="left",
         min_width=_TITLE_WIDTH,
     )
@@ -37,6 +37,10 @@ def build_gap_table(summaries: Sequence[Summary], setting: Group) -> Table:
         if any(found):
             table.add_row(policy, *map(describe_gap, found))
     return table
+
+
+def _describe_rest(setting: Group) -> str:
+    return f", each epoch's last window {setting.rest}" if setting.rest else ""
 
 
 def _name_unit(task: str) -> str:
@@ -68,10 +72,10 @@ def build_gradient_table(fidelities: Sequence[Fidelity]) -> Table:
     """Relative error and cosine to the large batch's gradient; medians over its trajectory."""
     table = Table(title="gradients beside the large batch's, medians: relative error, cosine", title_justify="left")
     table.add_column("policy")
-    columns = list(dict.fromkeys((f.case.task, f.case.micro_batch) for f in fidelities))
-    for task, size in columns:
-        table.add_column(f"{task} {size}", justify="right")
-    cells = {(f.case.policy, f.case.task, f.case.micro_batch): _describe_fidelity(f) for f in fidelities}
+    columns = list(dict.fromkeys((f.case.task, f.case.micro_batch, f.case.ranks) for f in fidelities))
+    for task, size, ranks in columns:
+        table.add_column(f"{task} {size}" + (f", {ranks} ranks" if ranks > 1 else ""), justify="right")
+    cells = {(f.case.policy, f.case.task, f.case.micro_batch, f.case.ranks): _describe_fidelity(f) for f in fidelities}
     for policy in (ANOTHER_WINDOW, *POLICIES):
         row = [cells.get((policy, *column), "") for column in columns]
         if any(row):

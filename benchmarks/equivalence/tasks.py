@@ -39,17 +39,17 @@ class Task:
     score: Callable[[Tensor, Tensor], float]
 
 
-def load_task(name: str, seed: int, dtype: torch.dtype, window: int) -> Task:
-    """A task with its data in ``dtype``; training samples fill whole windows, so that no micro-batch is a remainder."""
+def load_task(name: str, seed: int, dtype: torch.dtype, window: int, rest: int = 0) -> Task:
+    """A task with its data in ``dtype``; training samples fill whole windows and one of ``rest`` samples."""
     if name == "denoise":
         train, test = load_patches(dtype)
-        return Task(_cut(train, window), test, build_denoiser, _noise_energy, _decibels)
+        return Task(_cut(train, window, rest), test, build_denoiser, _noise_energy, _decibels)
     if name == "segment":
         train, test = load_mosaics(dtype)
-        return Task(_cut(train, window), test, Segmenter, _pixel_cross_entropy, measure_overlap)
+        return Task(_cut(train, window, rest), test, Segmenter, _pixel_cross_entropy, measure_overlap)
     if name == "mnist":
         train, test = load_mnist(dtype)
-        return Task(_cut(train, window), test, build_convnet, _cross_entropy, _accuracy)
+        return Task(_cut(train, window, rest), test, build_convnet, _cross_entropy, _accuracy)
     train, test = _load_digits(dtype)
     build = functools.partial(build_model, "mlp" if name == "mlp" else "resnet")
     if name == "resnet18":
@@ -57,7 +57,7 @@ def load_task(name: str, seed: int, dtype: torch.dtype, window: int) -> Task:
     if name == "finetune":
         train, test = (_choose(samples, samples[1] >= _FIRST_NEW_CLASS) for samples in (train, test))
         build = functools.partial(_build_pretrained, seed)
-    return Task(_cut(train, window), test, build, _cross_entropy, _accuracy)
+    return Task(_cut(train, window, rest), test, build, _cross_entropy, _accuracy)
 
 
 def _load_digits(dtype: torch.dtype) -> tuple[Samples, Samples]:
@@ -69,8 +69,8 @@ def _choose(samples: Samples, which: Tensor | slice) -> Samples:
     return samples[0][which], samples[1][which]
 
 
-def _cut(samples: Samples, window: int) -> Samples:
-    return _choose(samples, slice(len(samples[1]) // window * window))
+def _cut(samples: Samples, window: int, rest: int = 0) -> Samples:
+    return _choose(samples, slice((len(samples[1]) - rest) // window * window + rest))
 
 
 def _cross_entropy(outputs: Tensor, classes: Tensor) -> Tensor:

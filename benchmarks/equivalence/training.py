@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from benchmarks.equivalence.cases import Case
 from benchmarks.equivalence.policies import apply_policy
@@ -71,7 +72,7 @@ class Training:
     def __init__(self, case: Case, placement: Placement) -> None:
         dtype = getattr(torch, case.dtype)
         self._case, self._placement = case, placement
-        self._task = load_task(case.task, case.seed, dtype, case.window)
+        self._task = load_task(case.task, case.seed, dtype, case.window, case.rest)
         torch.manual_seed(case.seed)
         # Cast afterwards: every dtype starts from the same weights.
         self.model = self._task.build().to(dtype)
@@ -81,7 +82,8 @@ class Training:
             self._parallel = DistributedDataParallel(self.model)
         self._optimizer = torch.optim.SGD(self.model.parameters(), lr=case.lr, momentum=_MOMENTUM)
         # To 0, so that the last score is no luck of the last steps.
-        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, case.steps)
+        # With a rest it is the score right after a full step that counts.
+        self._schedule = None if case.rest else CosineAnnealingLR(self._optimizer, case.steps)
 
     def step(self, step: int) -> float:
         """One optimizer step; the mean loss of its global batch."""
@@ -94,16 +96,19 @@ class Training:
         """Leave the gradient of a step's global batch at the parameters; its mean loss."""
         self._parallel.train()
         self._optimizer.zero_grad()
-        share = rank_share(self._global_batch(step), self._placement.rank, self._placement.size)
+        batch = self._global_batch(step)
+        self._samples = len(batch)
+        share = rank_share(batch, self._placement.rank, self._placement.size)
         parts = micro_batches(share, self._case.micro_batch)
         walk = {"exact": self._lockstep, "lookahead": self._look_ahead}.get(self._case.policy, self._accumulate)
         (loss,) = sum_over_ranks([walk(parts)], self._placement, torch.device("cpu"))
-        return loss / self._case.window
+        return loss / len(batch)
 
     def apply_gradient(self) -> None:
         """The optimizer's step, and the commit that belongs to it."""
         self._optimizer.step()
-        self._schedule.step()
+        if self._schedule is not None:
+            self._schedule.step()
         self.commit()
 
     def commit(self) -> None:
@@ -112,7 +117,7 @@ class Training:
 
     def _global_batch(self, step: int) -> list[int]:
         samples = len(self._task.train[1])
-        epoch, index = divmod(step, samples // self._case.window)
+        epoch, index = divmod(step, math.ceil(samples / self._case.window))
         batch = global_batches(samples, self._case.window, self._case.seed, epoch)[index]
         if self._case.permutation:
             random.Random(f"permutation {self._case.permutation} step {step}").shuffle(batch)
@@ -125,7 +130,7 @@ class Training:
 
     def _backward(self, loss: Tensor) -> float:
         # DDP divides the sum over ranks by their number.
-        torch.autograd.backward(loss * (self._placement.size / self._case.window))
+        torch.autograd.backward(loss * (self._placement.size / self._samples))
         return loss.item()
 
     def _lockstep(self, parts: Sequence[Sequence[int]]) -> float:

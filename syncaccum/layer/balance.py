@@ -8,6 +8,8 @@ the window gets the feedback that it owes.
 What the micro-batches to come will owe is taken for nothing: the last window's means, which one might expect of them,
 change their sign from window to window, and make the gradient worse.
 
+Where the window may end early, only those that surely come can pay: `pay_soon`.
+
 This file is arithmetic on sums per channel. It knows no layers, no data and no ranks.
 """
 
@@ -24,25 +26,42 @@ from syncaccum.moments import drop_if_nonfinite
 _FLOOR = 0.1
 """The values that pay are taken for no fewer than this share of the window."""
 
+# At 1 sample each, the last ones of a window pay the noise of all.
+_LEAST = 4
+"""The same, in samples, where N is a guess."""
 
-def spread(debt: Tensor, n: float, done: float, total: float, least: float = 0.0) -> Tensor:
+
+def spread(debt: Tensor, n: float, done: float, total: float) -> Tensor:
     r"""A and B: what each of ``n`` values pays, where those from ``done`` to ``total`` are to pay all of the debt.
 
-    .. math:: \frac{\mathrm{debt}}{\max(N - \mathrm{done},\; 0.1\,N,\; \mathrm{least},\; n)}
+    .. math:: \frac{\mathrm{debt}}{\max(N - \mathrm{done},\; 0.1\,N,\; n)}
 
     Args:
         debt: the sums of dy and :math:`dy\,\hat x` over the micro-batches up to and including this one, less what
             they have paid; per channel.
         n, done, total: values per channel in this micro-batch, in those before it, and N of the whole window.
-        least: the values that pay are taken for no fewer than so many.
     """
-    return debt / count_payers(n, done, total, least)
-
-
-def count_payers(n: float, done: float, total: float, least: float) -> float:
-    """How many values pay; for the arguments see `spread`."""
     # n: all of it, where a window is longer than expected.
-    return max(total - done, _FLOOR * total, least, n)
+    return debt / max(total - done, _FLOOR * total, n)
+
+
+# In samples. With fewer, a perceptron's gradient at 1 sample each
+# is worse; with more, that of a window that ends early.
+_SOON = 12
+
+
+def pay_soon(n: float, done: float, total: float, of_sample: float) -> float:
+    """How many values pay, where the window has perhaps ``total`` values, and may end after any micro-batch.
+
+    Those of the next 12 samples pay, or of this micro-batch and one like it. So of a window that ends early only the
+    last samples' debt is left. The last ones of all pay what is left.
+
+    Args:
+        n, done, total: as in `spread`.
+        of_sample: values per channel in each sample.
+    """
+    soon = min(total - done, max(_SOON * of_sample, 2 * n))
+    return max(soon, _FLOOR * total, _LEAST * of_sample, n)
 
 
 class Due(NamedTuple):

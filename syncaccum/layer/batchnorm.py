@@ -51,11 +51,11 @@ class SyncAccumBatchNorm(Accumulating):
             else this process alone.
         normalization: what a training forward normalises with.
 
-            - ``"renorm"`` (default): the committed statistics, approached from the micro-batch's own; the gradient
-              flows through the latter. Trains from scratch, down to one value per channel.
-            - ``"window"``: this window's micro-batches so far, with the windows before counted as 1 to 16 samples; each
-              micro-batch's backward pays what the window owes so far (balanced feedback). Nearer to the large batch,
-              where all windows have one length.
+            - ``"window"`` (default): this window's micro-batches so far, with the windows before counted as 1 to 16
+              samples; each micro-batch's backward pays what the window owes so far (balanced feedback). Trains from
+              scratch, down to one value per channel.
+            - ``"renorm"``: the committed statistics, approached from the micro-batch's own; the gradient flows through
+              the latter. Trains from scratch, too; farther from the large batch, and calmer at high learning rates.
             - ``"batch"``: the micro-batch's own, exactly nn.BatchNorm's training forward.
             - ``"running"``: the committed statistics, held constant; for fine-tuning at small learning rates.
         r_max, d_max, prior_count: of ``"renorm"``: the clips of scale (>= 1) and shift (>= 0), and how many

@@ -11,17 +11,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from syncaccum.layer.balance import Due, count_payers
+from syncaccum.layer.balance import Due, pay_soon
 from syncaccum.layer.following import follow
 from syncaccum.layer.keys import make_key
 from syncaccum.layer.replay import Record, Records
 
 PACKED = ("last", "owed", "squares", "counts")
 """The parts of a ledger in a checkpoint."""
-
-# At 1 sample each, the last ones of a window pay the noise of all.
-_LEAST = 4
-"""The values that pay are taken for no fewer than those of so many samples."""
 
 
 Paid = TypeVar("Paid")
@@ -53,9 +49,13 @@ class Ledger:
     micro_batches: float = 0.0
     """In the open window."""
     expected: float = 0.0
-    """How many values per channel the last window saw in its backward walks; 0 if there was none."""
+    """How many values per channel this window will see in its backward walks; 0 if nobody knows.
+
+    The longer of the last two windows: an epoch's rest says nothing of the window after it."""
+    latest: float = 0.0
+    """How many the last window saw."""
     done: float = 0.0
-    """The same of the window of the books."""
+    """How many the window of the books has seen."""
     number: int = 0
     """Of the open window."""
     booked: int = 0
@@ -90,7 +90,7 @@ class Ledger:
     def forget(self) -> None:
         """Know of no window before."""
         self.prior.zero_()
-        vars(self).update(self.emptied() | {"expected": 0.0, "knows_prior": False})
+        vars(self).update(self.emptied() | {"expected": 0.0, "latest": 0.0, "knows_prior": False})
 
     def discard(self) -> None:
         """Drop what the open window owes and has seen. It is expected to be as long as it was expected to be."""
@@ -121,12 +121,11 @@ class Ledger:
         """All of it as additive sums, each as long as a window: those of several ranks may be added."""
         self.settle()
         last, owed, squares, counts = (torch.zeros_like(self.prior) for _ in PACKED)
-        # The first of each is a whole number, as a window's count is.
-        # So what the prior is worth stands elsewhere.
+        # The first of `last` counts the ranks that know one.
         if self.knows_prior:
             last.copy_(self.prior)[0] = 1.0
             squares[-1] = self.prior[0]
-        owed[1:] = self.owed
+        owed[0], owed[1:] = self.latest, self.owed
         squares[0] = self.samples
         squares[1 : 1 + self.squares.numel()] = self.squares
         counts[:3] = counts.new_tensor([self.expected, self.done, self.micro_batches])
@@ -141,6 +140,7 @@ class Ledger:
         vars(self).update(
             self.emptied()
             | {
+                "latest": owed[0].item() / ranks,
                 "owed": owed[1:] / ranks,
                 "squares": squares[1 : 1 + self.squares.numel()] / ranks,
                 "expected": expected,
@@ -209,7 +209,7 @@ class Ledger:
         # Walked again: its sums come to those of the first walk.
         owed, before = (self.owed, self.done) if paid_at is None else (None, paid_at)
         if self.expected:
-            payers = count_payers(n, before, self.expected, _LEAST * of_sample)
+            payers = pay_soon(n, before, self.expected, of_sample)
             return Due(owed, payers, n / payers)
         # Nobody knows how long it will be: the mean of what came.
         return Due(owed, before + n + of_sample)
@@ -228,11 +228,6 @@ class Ledger:
     def _is_booked(self, record: Record) -> bool:
         return record.counts and record.number == self.number
 
-    @property
-    def done_in_window(self) -> float:
-        """How many values per channel the open window saw in its backward walks."""
-        return self.done if self.booked == self.number else 0.0
-
     def settle(self) -> None:
         """Close the books of a window that is over, if no backward has done so."""
         with _books:
@@ -244,7 +239,8 @@ class Ledger:
         vars(self).update(
             owed=torch.zeros_like(self.owed),
             # Without a backward: expect what was expected.
-            expected=self.done or self.expected,
+            expected=max(self.done, self.latest) if self.done else self.expected,
+            latest=self.done or self.latest,
             done=0.0,
             booked=self.number,
             paid_at={},

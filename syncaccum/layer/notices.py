@@ -16,10 +16,6 @@ from syncaccum.torch_private import is_traced, runs_in_backward
 # Windows of some hundred are in use.
 FORGOTTEN_AFTER = 1000
 
-# Of what the window before had. With a share f, (1 - f)/f ln(1/(1 - f))
-# of the feedback is not paid: .46 at this one.
-_SHORT = 0.75
-
 _NOTHING = torch.empty(0, device="cpu")
 
 
@@ -77,23 +73,6 @@ def refuse_other_statistics(state: Accumulation, name: str, own: Tensor) -> None
         f"torch.utils.checkpoint runs the forward of layer {name} again, but its running statistics were committed or "
         "loaded since the first time, so the gradient would be of something else: call backward() before commit, or "
         'use normalization="batch"'
-    )
-
-
-def has_short_window(layer: Accumulating) -> bool:
-    """Whether the open window, under policy "window", pays less than half of its feedback because it ends early."""
-    ledger = layer._accumulation.ledger
-    return ledger is not None and 0 < ledger.done_in_window < _SHORT * ledger.expected
-
-
-def warn_of_short_window(layer: Accumulating) -> None:
-    """Say that the step of this window lacks feedback."""
-    warn_once(
-        layer,
-        "short",
-        'under normalization="window" ended a window that was much shorter than the one before it. Each micro-batch '
-        "pays a part of the feedback, and those that did not come paid nothing: this step may move the statistics far. "
-        'Give all windows one length, as with drop_last=True, or use normalization="renorm"',
     )
 
 

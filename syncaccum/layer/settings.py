@@ -8,7 +8,7 @@ from typing import Any
 POLICIES = ("renorm", "batch", "running", "window")
 """The names of the normalization policies; `policies` says what they are."""
 
-DEFAULT_POLICY = "renorm"
+DEFAULT_POLICY = "window"
 """What a layer gets that asks for none."""
 
 

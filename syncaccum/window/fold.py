@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from syncaccum.errors import NonFiniteStatisticsError
-from syncaccum.layer.notices import has_short_window, warn_of_short_window
 from syncaccum.layer.state import Accumulating
 from syncaccum.ranks.agreement import HEADER
 from syncaccum.torch_private import add_to_all, buffers_of, copy_all
@@ -38,7 +37,6 @@ def apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> Non
     """
     layers = [layer for _, layer in members]
     closing = _close_windows(layers, layout, reduced)
-    short = next((layer for layer in layers if has_short_window(layer)), None)
     buffers = [buffers_of(layer) for layer in layers]
     current = [cast(Tensor, b[name]) for name in ("running_mean", "running_var") for b in buffers]
     factors = _find_factors(layers, layout, reduced.device)
@@ -62,9 +60,6 @@ def apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> Non
     )
     if key is not None:
         spare.give_back(key, (new.rounded, new.stored))
-    # Last: where warnings are errors, the commit is done.
-    if short is not None:
-        warn_of_short_window(short)
 
 
 class _New(NamedTuple):

@@ -117,8 +117,9 @@ def load_window_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> Non
             "Build and convert the model as when it was saved, or go on with empty windows: discard(model)"
         )
     for name, layer in layers.items():
-        for key in (name, *_keys_of_ledger(name, state)):
-            _check_fit(key, layer, state[key])
+        _check_fit(name, layer, state[name], is_window=True)
+        for key in _keys_of_ledger(name, state):
+            _check_fit(key, layer, state[key], is_window=False)
     # All are checked and computed before the first is replaced.
     windows = [_take_share(layer, state[name]) for name, layer in layers.items()]
     copy_all([layer._accumulation.window for layer in layers.values()], [window.detach() for window in windows])
@@ -151,7 +152,7 @@ def _load_ledger(name: str, layer: Accumulating, state: Mapping[str, Tensor]) ->
     ledger.unpack(dict(zip(PACKED, saved, strict=True)), ranks)
 
 
-def _check_fit(name: str, layer: Accumulating, saved: Tensor) -> None:
+def _check_fit(name: str, layer: Accumulating, saved: Tensor, *, is_window: bool) -> None:
     size = layer._accumulation.window.numel()
     if saved.dim() not in (1, 2) or saved.shape[-1] != size or saved.dtype != torch.float64:
         raise ValueError(
@@ -162,11 +163,13 @@ def _check_fit(name: str, layer: Accumulating, saved: Tensor) -> None:
     # A negative count would cancel data of other ranks, unseen.
     # Sums may be NaN: a commit names their layer.
     counts = saved[..., 0]
-    whole = counts.isfinite() & (counts >= 0) & (counts == counts.floor())
-    if not whole.all():
+    good = counts.isfinite() & (counts >= 0)
+    # Ranks that shared a ledger each have a part of its counts.
+    if not (good & (counts == counts.floor()) if is_window else good).all():
         raise ValueError(
-            f"the window state of layer {name} is damaged: its count is {counts.tolist()}, expected a whole number "
-            "from 0 on. Take another checkpoint, or go on with empty windows: discard(model)"
+            f"the window state of layer {name} is damaged: its count is {counts.tolist()}, expected a "
+            f"{'whole ' if is_window else ''}number from 0 on. Take another checkpoint, or go on with empty windows: "
+            "discard(model)"
         )
 
 

@@ -24,7 +24,7 @@ from benchmarks.equivalence.peers import MovingAverageNorm
 from benchmarks.equivalence.picture import choose_size, collect_points
 from benchmarks.equivalence.plan import Limits, Plan, add_references, plan_full, plan_quick
 from benchmarks.equivalence.policies import apply_policy
-from benchmarks.equivalence.ranks import train_on_ranks
+from benchmarks.equivalence.ranks import run_on_ranks
 from benchmarks.equivalence.results import Result, Store
 from benchmarks.equivalence.segmentation import PHOTOGRAPHS, load_mosaics, measure_overlap
 from benchmarks.equivalence.spread import measure_spreads
@@ -70,7 +70,7 @@ def measure(case: Case, folder: Path) -> Result:
     """A case's result beside its reference's."""
     store = Store(folder)
     store.keep(case.reference, train_alone(case.reference))
-    return store.keep(case, train_alone(case) if case.ranks == 1 else train_on_ranks(case))
+    return store.keep(case, train_alone(case) if case.ranks == 1 else run_on_ranks(train, case))
 
 
 def make_scored(policy: str, micro_batch: int, seed: int, value: float | None) -> Result:
@@ -254,6 +254,7 @@ def test_training_samples_fill_whole_windows() -> None:
     for task in TASKS:
         for window in (24, 64):
             assert len(load_task(task, 0, torch.float32, window).train[1]) % window == 0
+            assert len(load_task(task, 0, torch.float32, window, rest=3).train[1]) % window == 3
 
 
 def test_the_learning_rate_falls_to_zero() -> None:
@@ -358,17 +359,19 @@ def test_limits_keep_only_what_they_name() -> None:
 
 def test_the_gradient_of_exact_is_the_large_batchs_and_another_windows_is_not() -> None:
     (exact,) = make_grid("mlp", ("exact",), (8,), (0,), steps=4, dtype="float64")
-    fidelity = compare_gradients(exact)
+    fidelity = compare_gradients(exact, Placement())
     # Rounding of float64, some orders above its 1e-16.
     assert fidelity.error < 1e-12
     assert fidelity.cosine == pytest.approx(1)
+    (on_ranks,) = make_grid("mlp", ("exact",), (8,), (0,), steps=4, dtype="float64", ranks=2)
+    assert run_on_ranks(compare_gradients, on_ranks).error < 1e-12
     (other,) = make_grid("mlp", (ANOTHER_WINDOW,), (8,), (0,), steps=4, dtype="float64")
-    assert compare_gradients(other).cosine < 0.9
+    assert compare_gradients(other, Placement()).cosine < 0.9
 
 
 def test_a_gradient_that_overflows_is_recorded_as_none() -> None:
     (case,) = make_grid("mlp", ("batchnorm",), (8,), (0,), steps=3, lr=1e38)
-    fidelity = compare_gradients(case)
+    fidelity = compare_gradients(case, Placement())
     assert (fidelity.error, fidelity.cosine) == (None, None)
     assert json.loads(fidelity.to_json())["error"] is None
 
@@ -376,7 +379,7 @@ def test_a_gradient_that_overflows_is_recorded_as_none() -> None:
 def test_a_policys_gradient_is_compared_at_the_references_weights() -> None:
     """BatchNorm on micro-batches as large as the window is the reference, at every step."""
     (case,) = make_grid("mlp", ("batchnorm",), (64,), (0,), steps=4)
-    assert compare_gradients(case).error == 0
+    assert compare_gradients(case, Placement()).error == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process's peak, others do not")
@@ -436,3 +439,17 @@ def test_bad_options_say_what_to_do(options: list[str], message: str, capsys: py
         main(options)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_epoch_with_a_rest_ends_with_it_and_each_sample_counts_alike() -> None:
+    case = Case("mlp", "exact", 4, 0.1, 0, 23, rest=29)
+    training = Training(case, Placement())
+    plain = Training(case.reference, Placement())
+    sizes = [len(training._global_batch(step)) for step in range(46)]
+    assert sizes == 2 * [*22 * [64], 29]
+    rates = []
+    for step in (0, 22):
+        # The loss is a mean over the window's own samples.
+        torch.testing.assert_close(training.step(step), plain.step(step))
+        rates.append(training._optimizer.param_groups[0]["lr"])
+    assert rates == [0.1, 0.1]

@@ -196,8 +196,8 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
 
 
 def test_no_room_for_a_checkpoint_ends_two_ranks_with_one_line(tmp_path: Path) -> None:
-    # 250 KiB: room for the first checkpoint, which has no momenta yet, and not for the next.
-    limited = ["bash", "-c", 'ulimit -f 250; exec "$@"', "bash"]
+    # 300 KiB: room for the first checkpoint, which has no momenta yet, and not for the next.
+    limited = ["bash", "-c", 'ulimit -f 300; exec "$@"', "bash"]
     finished = jobs.run(*limited, jobs.LOCAL, 2, "launch/train.py", *TINY, f"--output={tmp_path}")
     check_said_once(finished, f"--output {tmp_path}: cannot be written", "make room", tracebacks=1)
     assert list(find_checkpoints(tmp_path)) == [0]

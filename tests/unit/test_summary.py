@@ -292,7 +292,7 @@ def test_the_plain_table_has_shared_settings_above_it() -> None:
     assert str(table) == repr(table)
     assert str(table).splitlines() == [
         "2 SyncAccumBatchNorm layers",
-        "mode: accumulates; policy: renorm; momentum: 0.1; dtype: float64; device: cpu;",
+        "mode: accumulates; policy: window; momentum: 0.1; dtype: float64; device: cpu;",
         "group: this process alone; kernels: compiled",
         "",
         "                  micro-             committed   mean  deviation",
