@@ -12,8 +12,8 @@ from syncaccum.layer.state import Accumulating
 from syncaccum.ranks.connect import connect
 from syncaccum.ranks.groups import Group, resolve_group
 from syncaccum.torch_private import copy_all
-from syncaccum.window.commit import reduce_for
 from syncaccum.window.layers import NamedLayer, for_each_group, tracking_layers
+from syncaccum.window.message import reduce_for
 
 
 def window_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -124,6 +124,8 @@ def load_window_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> Non
     windows = [_take_share(layer, state[name]) for name, layer in layers.items()]
     copy_all([layer._accumulation.window for layer in layers.values()], [window.detach() for window in windows])
     for name, layer in layers.items():
+        # What went to the other ranks before was another window.
+        layer._accumulation.is_sent = False
         _load_ledger(name, layer, state)
 
 

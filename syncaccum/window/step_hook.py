@@ -11,10 +11,12 @@ from weakref import WeakKeyDictionary, WeakSet
 from torch import nn
 from torch.optim import Optimizer
 
+from syncaccum.errors import CommitError
 from syncaccum.layer.state import Accumulating
 from syncaccum.window.commit import CommitReport, OnNonFinite, check_on_nonfinite, commit_layers, to_seconds
 from syncaccum.window.layers import tracking_layers
 from syncaccum.window.optimizers import find_optimizers, hook_step
+from syncaccum.window.overlap import Overlap, watch
 
 # A GAN's critic takes up to 100 steps in a round.
 # Twice as many look like a mistake.
@@ -27,6 +29,7 @@ def commit_on_step(
     *,
     timeout: float | timedelta | None = None,
     on_nonfinite: OnNonFinite = "raise",
+    overlap: bool = False,
 ) -> CommitHandle:
     """Commit the model's windows after each ``optimizer.step()``: one window for one step.
 
@@ -98,7 +101,7 @@ def commit_on_step(
     for other in list(_registered):
         if other.is_replaced_by(model, optimizers):
             other.remove()
-    handle = CommitHandle(model, optimizers, to_seconds(timeout), on_nonfinite)
+    handle = CommitHandle(model, optimizers, to_seconds(timeout), on_nonfinite, overlap)
     _registered.add(handle)
     return handle
 
@@ -116,6 +119,7 @@ class CommitHandle:
         optimizers: Collection[Optimizer],
         timeout: float | None,
         on_nonfinite: OnNonFinite,
+        overlap: bool = False,
     ) -> None:
         self.report: CommitReport | None = None
         self._model = model
@@ -126,12 +130,35 @@ class CommitHandle:
         self._stepping: WeakSet[Optimizer] = WeakSet()
         self._steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self._hooks = [hook for optimizer in optimizers for hook in hook_step(optimizer, self._begin, self._end)]
+        self._overlap = Overlap(timeout) if overlap else None
+        if overlap:
+            self._hooks += watch(model, self.start_commit)
 
     def remove(self) -> None:
         """Commit no more after steps, of any of the optimizers."""
         for hook in self._hooks:
             hook.remove()
+        if self._overlap is not None:
+            self._overlap.forget()
         _registered.discard(self)
+
+    def start_commit(self) -> None:
+        """Send the windows now, if they are to overlap: the next step takes what is in them now.
+
+        For models without DistributedDataParallel: call it before the last micro-batch's backward, when its forward is
+        done. Inside DDP's it is called by itself. Collective: all ranks call it equally often, at the same place among
+        their other collectives.
+
+        Raises:
+            RuntimeError: ``commit_on_step`` was called without ``overlap=True``.
+        """
+        if self._overlap is None:
+            raise RuntimeError("nothing is sent before the step: call commit_on_step(..., overlap=True)")
+        try:
+            layers = tracking_layers(self._model)
+        except CommitError:
+            return  # the step raises it
+        self._overlap.start(layers)
 
     def __enter__(self) -> CommitHandle:
         return self
@@ -156,7 +183,8 @@ class CommitHandle:
         if len(self._steps) == len(self._optimizers):
             # First: if the commit raises, the next round starts anew.
             self._steps.clear()
-            self.report = commit_layers(tracking_layers(self._model), self._timeout, self._on_nonfinite)
+            layers = tracking_layers(self._model)
+            self.report = commit_layers(layers, self._timeout, self._on_nonfinite, self._overlap)
         # Equal, not more: once in a round.
         elif self._steps[optimizer] == _UNEVEN_AFTER:
             _warn_of_uneven_steps()
