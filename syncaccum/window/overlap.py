@@ -53,6 +53,8 @@ class Overlap:
             return
         for group, members in by_group(layers).items():
             if group in self._agreed:
+                # First: an interrupt must not leave the one before.
+                self._messages[group] = None
                 self._messages[group] = self._try_to_send(group, members)
 
     def _try_to_send(self, group: Group, members: Sequence[NamedLayer]) -> Message | CommitError:

@@ -60,11 +60,29 @@ def commit_on_step(
     of that group are dropped on all its ranks, running statistics stay as they are, and training goes on. Dropped are
     all micro-batches since the last commit, those of skipped steps included. Other errors are raised with both.
 
+    **Overlap**: with ``overlap=True`` windows are sent when the last micro-batch's backward begins, and the step waits
+    for what is left of their all-reduce. Statistics are the same, to the last bit, and so are errors, which the step
+    raises. The last micro-batch is one whose backward reduces gradients: outside of DDP's ``no_sync()``. Pass the
+    DistributedDataParallel itself, or a model that holds it. Without one call ``handle.start_commit()``.
+
+    - The first step sends by itself, because ranks compare first whether all of them overlap. So do steps inside
+      ``join``, whose waiting ranks know of commits alone, and of ``lockstep`` and ``lookahead``, which have messages of
+      their own in the backward; in ``lockstep`` call ``handle.start_commit()`` between forward and backward.
+    - Another backward that reduces, as after a skipped step, sends the windows anew, and what was sent before is
+      dropped. So without ``no_sync()`` each micro-batch sends, and statistics are right all the same.
+    - A training forward between that backward and the step comes too late for this window and goes into the next one.
+      ``discard`` comes too late for what was sent: that is committed, so that statistics stay equal on all ranks. Both
+      are warned of. Where no step follows, ``discard`` drops all.
+    - Windows stay in the layers until the step: checkpoints that are saved meanwhile have them, and a ``commit`` by
+      hand takes them. ``remove()`` leaves them open.
+    - ``timeout`` counts from the sending on. MPI communicators exchange at once, in the backward.
+
     Args:
         model: a module with SyncAccumBatchNorm layers, also inside DDP or torch.compile wrappers.
         optimizer: a torch.optim.Optimizer, a wrapper around one, or a list, tuple, set or dict of them.
         timeout: of each commit, as for ``commit``.
         on_nonfinite: "raise" or "discard", the same on all ranks.
+        overlap: whether to send windows before the step, the same on all ranks.
 
     Returns:
         A handle; ``handle.remove()`` ends it for all optimizers. It is also a context manager that does so at its end.
@@ -81,7 +99,8 @@ def commit_on_step(
     Warns:
         UserWarning: from the step, on every rank, once for each discarded window, naming the layers and ranks of the
             NaN or Inf (Python by default prints equal warnings once); and when one of several optimizers has
-            taken 200 steps in a round and another none.
+            taken 200 steps in a round and another none. With ``overlap``, once for each kind, on the rank that it
+            concerns: what came too late for a window that was sent, and a step that nothing was sent for.
 
     Example::
 
