@@ -1,0 +1,112 @@
+"""How much of a commit does a training step wait for, with overlap and without?
+
+ResNet-50 with DistributedDataParallel on two gloo ranks, one thread each, two micro-batches of 4x3x64x64 in a step: the
+first under ``no_sync()``. Exposed is the wall time of this library's calls: of the sending, when the last backward
+begins, and of the commit after ``optimizer.step()``. Steps with overlap and without take turns.
+
+    python -m benchmarks.overlap
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from benchmarks.report import Figure, publish
+from syncaccum import commit_on_step, convert_sync_accum
+from syncaccum.window.step_hook import CommitHandle
+from tests.ranks import Rank, run_on_ranks
+
+RANKS = 2
+ROUNDS = 12
+SHAPE = (4, 3, 64, 64)
+
+
+class Stopwatch:
+    """Adds up the wall time of some functions."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        return timed
+
+    @contextmanager
+    def runs(self) -> Iterator[None]:
+        """Watch all that a commit_on_step which is made in here calls."""
+        watched = {name: self.around(getattr(CommitHandle, name)) for name in ("start_commit", "_end")}
+        with mock.patch.multiple(CommitHandle, **watched):
+            yield
+
+
+class Job:
+    """One model, and its steps."""
+
+    def __init__(self, *, overlap: bool) -> None:
+        torch.manual_seed(0)
+        model = ResNetForImageClassification(ResNetConfig(num_labels=10))
+        self._ddp = DistributedDataParallel(convert_sync_accum(model))
+        self._optimizer = torch.optim.SGD(self._ddp.parameters(), lr=1e-3)
+        commit_on_step(self._ddp, self._optimizer, overlap=overlap)
+
+    def step(self) -> None:
+        with self._ddp.no_sync():
+            self._walk()
+        self._walk()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def _walk(self) -> None:
+        torch.autograd.backward(self._ddp(torch.randn(SHAPE)).logits.square().mean())
+
+
+def measure(rank: Rank) -> dict[str, list[tuple[float, float]]]:
+    """By kind, seconds exposed and seconds of all, for each step."""
+    torch.set_num_threads(1)
+    watch = Stopwatch()
+    times: dict[str, list[tuple[float, float]]] = {}
+    with watch.runs():
+        jobs = {"without overlap": Job(overlap=False), "with overlap": Job(overlap=True)}
+        for _ in range(ROUNDS):
+            for name, job in jobs.items():
+                watch.seconds, start = 0.0, time.perf_counter()
+                job.step()
+                times.setdefault(name, []).append((watch.seconds, time.perf_counter() - start))
+    # The first step compares layers, and DDP sorts its buckets in the second.
+    return {name: pairs[2:] for name, pairs in times.items()}
+
+
+def main() -> None:
+    measured = run_on_ranks(measure, RANKS, timeout=300.0, patience=600.0)[0]
+    figures = []
+    for name, pairs in measured.items():
+        share = statistics.median(exposed / step for exposed, step in pairs)
+        exposed, step = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+        figures.append(
+            Figure(
+                f"exposed {name}, over the step, ResNet-50, 2 ranks, %",
+                100 * share,
+                0.5 if name == "with overlap" else None,
+                note=f"{exposed * 1e3:.2f} ms of {step:.2f} s",
+            )
+        )
+    publish("overlap", figures, measured)
+
+
+if __name__ == "__main__":
+    main()
