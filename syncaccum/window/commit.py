@@ -180,7 +180,7 @@ def commit_layers(
         if discarded:
             _warn_of_discarded(discarded)
         if overlap is not None:
-            overlap.warn()
+            overlap.end()
     applied = tuple(name for name, count in values.items() if count > 0)
     return CommitReport(applied, values, max(ranks), time.perf_counter() - start)
 

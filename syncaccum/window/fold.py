@@ -141,7 +141,8 @@ def _close_windows(
         rows = torch.cat([pieces[index] for index in having], 1)
     states = [layers[index]._accumulation for index in having]
     parts = None if taken is None else [taken[index] for index in having]
-    return steps_of_commit(states, [layers[index].eps for index in having], *rows, taken=parts)
+    n, mean, mean_sq = rows.unbind()
+    return steps_of_commit(states, [layers[index].eps for index in having], n, mean, mean_sq, parts)
 
 
 def _round_as_stored(new: Tensor, layout: Layout, current: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

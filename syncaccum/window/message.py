@@ -87,7 +87,7 @@ class Message:
         kept = concatenate(self.windows, self.windows[0].device, memory)
         self.windows = torch.split(kept, self.layout.sizes[1:])
         states = [layer._accumulation for _, layer in self.members]
-        self.taken = [Taken.of(state).keep(window) for state, window in zip(states, self.windows, strict=True)]
+        self.taken = [Taken.keep(state, window) for state, window in zip(states, self.windows, strict=True)]
         for state in states:
             state.is_sent = True
 

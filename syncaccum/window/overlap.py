@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from syncaccum.errors import CommitError
 from syncaccum.layer import surroundings
+from syncaccum.layer.state import match_width
 from syncaccum.ranks.connect import connect
 from syncaccum.ranks.groups import Group
 from syncaccum.torch_private import number_of_backward, tensors_in
@@ -37,6 +38,8 @@ class Overlap:
         self._timeout = timeout
         self._messages: dict[Group, Message | CommitError | None] = {}
         """None for one that was dropped."""
+        self.layers: Sequence[NamedLayer] | None = None
+        """Of which model something is on its way: the walk over it takes long."""
         self._remarks: dict[str, str] = {}
         self._said: set[str] = set()
         # Weak: a new group has agreed on nothing yet.
@@ -53,6 +56,7 @@ class Overlap:
             return
         for group, members in by_group(layers).items():
             if group in self._agreed:
+                self.layers = layers
                 # First: an interrupt must not leave the one before.
                 self._messages[group] = None
                 self._messages[group] = self._try_to_send(group, members)
@@ -78,20 +82,29 @@ class Overlap:
         return message
 
     def _look_for_changes(self, message: Message) -> None:
+        remarks: dict[str, str] = {}
         for (name, layer), taken in zip(message.members, message.taken or (), strict=True):
             state = layer._accumulation
+            match_width(layer)
+            if state.window.numel() != taken.window.numel():
+                raise CommitError(
+                    f"the channels of layer {name} were pruned or added when its window was on its way to the other "
+                    "ranks, which have committed it: do that after the step"
+                )
             if not state.is_sent:
-                self._remarks.setdefault("dropped", _DROPPED.format(name))
+                remarks.setdefault("dropped", _DROPPED.format(name))
             elif state.micro_batches != taken.micro_batches:
-                self._remarks.setdefault("more", _MORE.format(name))
+                remarks.setdefault("more", _MORE.format(name))
+        self._remarks |= remarks
 
     def note_agreed(self, group: Group) -> None:
         """All ranks of the group overlap."""
         if group is not None:
             self._agreed.add(group)
 
-    def warn(self) -> None:
-        """Say what was remarkable in a commit, each thing once. Not before all of the commit is done."""
+    def end(self) -> None:
+        """A commit is done, or has failed. Say what was remarkable, each thing once."""
+        self.layers = None
         new = {key: text for key, text in self._remarks.items() if key not in self._said}
         self._remarks.clear()
         self._said |= new.keys()
@@ -101,12 +114,13 @@ class Overlap:
     def forget(self) -> None:
         """Drop all that is on its way."""
         self._messages.clear()
+        self.layers = None
 
     def drop(self, layers: set[nn.Module]) -> None:
         """Drop what was sent of these."""
         for group, message in self._messages.items():
             if isinstance(message, Message) and not layers.isdisjoint(_layers(message.members)):
-                self._messages[group] = None
+                self._messages[group] = self.layers = None
 
 
 _LATE = (

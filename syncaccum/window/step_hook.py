@@ -202,7 +202,8 @@ class CommitHandle:
         if len(self._steps) == len(self._optimizers):
             # First: if the commit raises, the next round starts anew.
             self._steps.clear()
-            layers = tracking_layers(self._model)
+            sent = None if self._overlap is None else self._overlap.layers
+            layers = tracking_layers(self._model) if sent is None else sent
             self.report = commit_layers(layers, self._timeout, self._on_nonfinite, self._overlap)
         # Equal, not more: once in a round.
         elif self._steps[optimizer] == _UNEVEN_AFTER:

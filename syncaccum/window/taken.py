@@ -27,13 +27,18 @@ class Taken(NamedTuple):
     @classmethod
     def of(cls, state: Accumulation) -> Taken:
         """All of it. Tensors are the layer's own, and change with it."""
-        ledger = state.ledger
-        books = () if ledger is None else (ledger.squares, ledger.samples, ledger.micro_batches)
-        return cls(state.window, state.micro_batches, *books)
+        return cls(state.window, state.micro_batches, *_books(state))
 
-    def keep(self, window: Tensor) -> Taken:
+    @classmethod
+    def keep(cls, state: Accumulation, window: Tensor) -> Taken:
         """It as it is now, with a copy of the window that somebody else made."""
-        return self._replace(window=window, squares=None if self.squares is None else self.squares.clone())
+        squares, *counts = _books(state) or (None,)
+        return cls(window, state.micro_batches, None if squares is None else squares.clone(), *counts)
+
+
+def _books(state: Accumulation) -> tuple[Tensor, float, float] | tuple[()]:
+    ledger = state.ledger
+    return () if ledger is None else (ledger.squares, ledger.samples, ledger.micro_batches)
 
 
 def is_whole(state: Accumulation, taken: Taken) -> bool:

@@ -469,8 +469,8 @@ def make_fed(rank: Rank, **options: Any) -> tuple[nn.ModuleDict, Optimizer, Any]
     optimizer = SGD(layers.parameters(), lr=0.1)
     handle = commit_on_step(layers, optimizer, overlap=True, **options)
     for number in range(2):
-        for layer in layers.values():
-            layer(torch.randn(4, layer.num_features, dtype=torch.float64))
+        for layer, width in zip(layers.values(), (3, 4), strict=True):
+            layer(torch.randn(4, width, dtype=torch.float64))
         if number == 0:
             optimizer.step()
     return layers, optimizer, handle

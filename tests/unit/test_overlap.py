@@ -151,13 +151,31 @@ def test_a_part_that_is_committed_by_hand_is_not_committed_again(group: None) ->
     assert (model[1].num_batches_tracked, model[4].num_batches_tracked) == (2, 2)
 
 
-def test_a_layer_that_is_gone_at_the_step_is_not_committed(group: None) -> None:
+def test_a_layer_that_is_gone_at_the_step_is_committed_as_it_was_sent(group: None) -> None:
     model = make_model()
-    optimizer, _ = begin(model)
+    optimizer, handle = begin(model)
     gone = model[4]
     model[4] = nn.Identity()
     optimizer.step()
-    assert (model[1].num_batches_tracked, gone.num_batches_tracked) == (2, 1)
+    assert (model[1].num_batches_tracked, gone.num_batches_tracked) == (2, 2)
+    model(make_micro_batch(2))
+    handle.start_commit()
+    optimizer.step()
+    assert (model[1].num_batches_tracked, gone.num_batches_tracked) == (3, 2)
+
+
+def test_a_layer_that_is_pruned_meanwhile_is_refused(group: None) -> None:
+    model = make_model()
+    optimizer, _ = begin(model)
+    discard(model)
+    layer = model[4]
+    layer.num_features = 1
+    for name in ("running_mean", "running_var"):
+        setattr(layer, name, getattr(layer, name)[:1].clone())
+    before = model[1].running_mean.clone()
+    with pytest.raises(CommitError, match="layer 4 were pruned or added when its window was on its way"):
+        optimizer.step()
+    assert torch.equal(model[1].running_mean, before)
 
 
 def test_an_error_in_the_sending_is_raised_by_the_step(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
