@@ -1,6 +1,6 @@
 """How much of a commit does a training step wait for, with overlap and without?
 
-ResNet-50 with DistributedDataParallel on two gloo ranks, one thread each, two micro-batches of 4x3x64x64 in a step: the
+ResNet-50 with DistributedDataParallel on two gloo ranks, one thread each, two micro-batches of 8x3x96x96 in a step: the
 first under ``no_sync()``. Exposed is the wall time of this library's calls: of the sending, when the last backward
 begins, and of the commit after ``optimizer.step()``. Steps with overlap and without take turns. Beside it stands the
 same in the rank's own processor time, which has no waiting in it.
@@ -27,8 +27,8 @@ from syncaccum.window.step_hook import CommitHandle
 from tests.ranks import Rank, run_on_ranks
 
 RANKS = 2
-ROUNDS = 10
-SHAPE = (4, 3, 64, 64)
+ROUNDS = 8
+SHAPE = (8, 3, 96, 96)
 
 
 class Times(NamedTuple):
