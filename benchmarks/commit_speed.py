@@ -113,12 +113,13 @@ def main() -> None:
     publish(
         "commit_speed",
         [
-            Figure("commit / bare all-reduce, ResNet-50, 2 ranks", ratio("commit", "bare"), 1.5, note=notes["commit"]),
+            Figure("commit / bare all-reduce, ResNet-50, 2 ranks", ratio("commit", "bare"), 1.6, note=notes["commit"]),
             Figure("floor / bare all-reduce", ratio("floor", "bare"), note=f"{notes['floor']} / {notes['bare']}"),
             Figure("commit / floor", ratio("commit", "floor")),
             Figure(
                 "SyncBatchNorm's pattern (848 collectives) / commit",
                 milliseconds["SyncBatchNorm pattern"] / milliseconds["commit"],
+                at_least=True,
                 note=f"{milliseconds['SyncBatchNorm pattern']:.0f} ms",
             ),
         ],

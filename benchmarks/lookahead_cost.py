@@ -24,7 +24,7 @@ from benchmarks.report import Figure, publish
 from benchmarks.resnet18 import build_resnet18
 from syncaccum import SyncAccumBatchNorm, convert_sync_accum, discard, lookahead
 
-ROUNDS = 8
+ROUNDS = 4
 WINDOW = 32
 MICRO_BATCHES = (1, 4)
 SIDE, LARGE_SIDE = 32, 64

@@ -63,3 +63,11 @@ def publish(question: str, figures: list[Figure], details: Any = None) -> None:
     if details is not None:
         written["details"] = details
     (RESULTS / f"{question}.json").write_text(json.dumps(written, indent=1) + "\n")
+
+
+def read_figures(path: Path) -> list[Figure]:
+    """What `publish` wrote there; nothing where there is no such file."""
+    if not path.exists():
+        return []
+    written = json.loads(path.read_text())["figures"]
+    return [Figure(**{key: value for key, value in one.items() if key != "verdict"}) for one in written]

@@ -10,8 +10,13 @@ Losses are means over the last epoch.
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing import get_context
 from statistics import mean
 
 import torch
@@ -56,11 +61,24 @@ def train(case: Case, seed: int) -> EpochRecord:
     return progress.history[-1]
 
 
+def train_all(cases: Sequence[Case]) -> dict[Case, list[EpochRecord]]:
+    """By case, a record for each seed. Nothing is timed, so each core trains one."""
+    runs = list(itertools.product(cases, SEEDS))
+    pool = ProcessPoolExecutor(
+        len(os.sched_getaffinity(0)),
+        get_context("spawn"),
+        torch.set_num_threads,  # small images: a second thread only waits
+        (1,),
+    )
+    with pool:
+        records = list(track(pool.map(train, *zip(*runs, strict=True)), "training", len(runs)))
+    return {
+        case: records[at : at + len(SEEDS)] for case, at in zip(cases, range(0, len(runs), len(SEEDS)), strict=True)
+    }
+
+
 def main() -> None:
-    torch.set_num_threads(1)  # small images: a second thread only waits
-    records: dict[Case, list[EpochRecord]] = {}
-    for case in track([*RESNET, *MLP], description="training"):
-        records[case] = [train(case, seed) for seed in SEEDS]
+    records = train_all([*RESNET, *MLP])
     loss = {case: mean(r.train_loss for r in runs) for case, runs in records.items()}
     accuracy = {case: mean(r.test_accuracy for r in runs) for case, runs in records.items()}
     diverged = {case: sum(math.isnan(r.train_loss) for r in runs) for case, runs in records.items()}

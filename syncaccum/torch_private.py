@@ -32,8 +32,12 @@ __all__ = ["BatchNormBase"]
 
 def runs_in_backward() -> bool:
     """Whether autograd runs this forward again, as torch.utils.checkpoint makes it do, reentrant or not."""
-    # Each backward has a number from 0 on. Outside it is -1.
-    return torch._C._current_graph_task_id() != -1
+    return number_of_backward() != -1
+
+
+def number_of_backward() -> int:
+    """The number of the backward that runs here, another one for each; -1 outside."""
+    return torch._C._current_graph_task_id()
 
 
 def is_transformed() -> bool:
@@ -105,6 +109,9 @@ copy_all = torch._foreach_copy_
 
 add_to_all = torch._foreach_add_
 """Add a number to each tensor in place, or a tensor of its own to each, all in one call."""
+
+take_from_all = torch._foreach_sub_
+"""Subtract a tensor of its own from each tensor in place, all in one call."""
 
 scale_each = torch._foreach_mul
 """Each tensor times a number of its own, as new tensors, all in one call."""

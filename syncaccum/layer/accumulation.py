@@ -14,7 +14,7 @@ from syncaccum.layer.replay import Records
 from syncaccum.layer.settings import check_settings
 from syncaccum.ranks.groups import GroupHandle
 
-NEW_WINDOW = {"micro_batches": 0, "is_open": False, "ran_untracked": False}
+NEW_WINDOW = {"micro_batches": 0, "is_open": False, "is_sent": False, "ran_untracked": False}
 """What an Accumulation knows of a window that has just begun, besides its sums."""
 
 
@@ -37,6 +37,8 @@ class Accumulation:
     """Whether the layer had momentum 0 from the start. Else a forward under momentum 0 counts nothing."""
     is_open: bool = False
     """Whether any forward counted since the last commit."""
+    is_sent: bool = False
+    """Whether its sums went to the other ranks before the commit, see `overlap`. More may have come in since."""
     is_committed: bool = False
     """Whether there was a commit since the statistics were reset. One without any values is enough."""
     used_since: int | None = None

@@ -41,6 +41,10 @@ class Fingerprint(NamedTuple):
         digest = int.from_bytes(hashlib.sha256(repr(about).encode()).digest(), "little")
         return cls(tuple((digest >> _PIECE_BITS * i) % (1 << _PIECE_BITS) for i in range(_PIECES)))
 
+    def also(self, *about: Any) -> Fingerprint:
+        """That of the same and something more."""
+        return Fingerprint.of(self.pieces, *about)
+
     def header(self, *, new: bool = False) -> list[float]:
         """What a message starts with."""
         return [float(new), *(float(v) for h in self.pieces for v in (h, h * h))]

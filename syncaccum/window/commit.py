@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Literal, NoReturn, get_args
 
 import torch
@@ -17,15 +16,15 @@ from torch import Tensor, nn
 from syncaccum.errors import NonFiniteStatisticsError, TooFewValuesError
 from syncaccum.layer import surroundings
 from syncaccum.layer.state import Accumulating
-from syncaccum.ranks.agreement import HEADER, Fingerprint
+from syncaccum.ranks.agreement import HEADER
 from syncaccum.ranks.connect import connect, gather_texts
 from syncaccum.ranks.groups import Group
 from syncaccum.ranks.transport import Transport
-from syncaccum.torch_private import is_watched
-from syncaccum.window import spare
-from syncaccum.window.fold import apply, apply_to_some, concatenate
+from syncaccum.window.fold import apply, apply_to_some
 from syncaccum.window.layers import NamedLayer, for_each_group, tracking_layers
-from syncaccum.window.layout import Layout, raise_layout_mismatch, verify_layout
+from syncaccum.window.layout import Layout
+from syncaccum.window.message import Message
+from syncaccum.window.overlap import CALL, Overlap, drop_what_was_sent
 from syncaccum.window.uninterrupted import run_uninterrupted, steps_of_drop
 
 OnNonFinite = Literal["raise", "discard"]
@@ -136,16 +135,25 @@ def check_on_nonfinite(policy: str) -> None:
 
 
 def commit_layers(
-    layers: Sequence[NamedLayer], timeout: float | None = None, on_nonfinite: OnNonFinite = "raise"
+    layers: Sequence[NamedLayer],
+    timeout: float | None = None,
+    on_nonfinite: OnNonFinite = "raise",
+    overlap: Overlap | None = None,
 ) -> CommitReport:
     """Commit these layers, whatever module they are in. Collective.
 
     A window that ``on_nonfinite="discard"`` drops is reported as one without values.
+
+    Args:
+        overlap: what may have sent some of the windows already.
     """
     start = time.perf_counter()
     # Ranks without inputs wait for word of what comes.
     if (join := surroundings.open_join()) is not None:
         join.announce_commit([layer for _, layer in layers], discards=on_nonfinite == "discard")
+        # Those would not know of it.
+        overlap = None
+    drop_what_was_sent(layers, but=overlap)
     values: dict[str, int] = {}
     ranks: list[int] = []
     discarded: list[str] = []
@@ -153,7 +161,7 @@ def commit_layers(
     def commit_group(group: Group, members: Sequence[NamedLayer]) -> None:
         transport = connect(group, timeout)
         try:
-            counts = _commit_group(group, transport, members)
+            counts = _commit_group(group, transport, members, overlap)
         except NonFiniteStatisticsError as error:
             if on_nonfinite == "raise":
                 raise
@@ -171,6 +179,8 @@ def commit_layers(
         # Earlier, peers of the next group would wait.
         if discarded:
             _warn_of_discarded(discarded)
+        if overlap is not None:
+            overlap.end()
     applied = tuple(name for name, count in values.items() if count > 0)
     return CommitReport(applied, values, max(ranks), time.perf_counter() - start)
 
@@ -188,113 +198,67 @@ def _is_ours(layer: Accumulating) -> bool:
     return not layer._accumulation.normalises_itself
 
 
-def _commit_group(group: Group, transport: Transport, members: Sequence[NamedLayer]) -> list[int]:
+def _commit_group(
+    group: Group, transport: Transport, members: Sequence[NamedLayer], overlap: Overlap | None
+) -> list[int]:
     # Not in no_grad: a signal may leave it in force.
     # Nothing here requires gradients.
-    layout, message_size = verify_layout(group, transport, members)
-    windows = [layer._accumulation.window for _, layer in members]
-    memory = _take_memory(transport, windows, message_size)
-    reduced = _reduce_windows(transport, layout.fingerprint, message_size, windows, memory)
-    counts = _judge(group, transport, layout, members, reduced)
-    seen = [member for member, count in zip(members, counts, strict=True) if count > 0]
+    message = None if overlap is None else overlap.take(group, members)
+    if message is None:
+        message = Message(group, transport, members, *(() if overlap is None else (CALL,)))
+    reduced = message.receive(transport)
+    header, counts, checksum = _read(message.layout, reduced)
+    # First: sums of different layers mean nothing.
+    if not message.agrees(header, transport.size):
+        message.raise_at_odds(transport)
+    if overlap is not None:
+        overlap.note_agreed(group)
+    _judge(transport, message, counts, checksum)
+    _apply(message, counts, reduced)
+    message.end()
+    return [int(count) for count in counts]
+
+
+def _apply(message: Message, counts: Sequence[float], reduced: Tensor) -> None:
+    seen = [index for index, count in enumerate(counts) if count > 0]
     # The usual case. The other one builds a smaller message first.
-    if len(seen) == len(members):
-        apply(layout, seen, reduced)
+    if len(seen) == len(counts):
+        apply(message.layout, message.members, reduced, message.taken)
     elif seen:
-        apply_to_some(layout, counts, seen, reduced)
-    if len(seen) < len(members):
-        for _, layer in members:
+        apply_to_some(message.layout, seen, message.members, reduced, message.taken)
+    if len(seen) < len(counts):
+        for _, layer in message.members:
             # Also of layers without values: a commit there was.
             layer._accumulation.is_committed = True
-    if memory is not None:
-        spare.give_back(message_size, memory)
-    return counts
 
 
-def _take_memory(transport: Transport, windows: Sequence[Tensor], message_size: int) -> Tensor | None:
-    """Memory for a message; None where that goes elsewhere than to the CPU: GPUs have an allocator that keeps some."""
-    home = windows[0].device
-    if home.type != "cpu" or transport.choose_device(home) != home or is_watched():
-        return None
-    memory: Tensor = spare.take(message_size, partial(_make_message, message_size))
-    return memory
-
-
-def _make_message(size: int) -> Tensor:
-    # What is made under inference_mode refuses to change later.
-    with torch.inference_mode(False):
-        return torch.empty(size, dtype=torch.float64, device="cpu")
-
-
-def _reduce_windows(
-    transport: Transport,
-    fingerprint: Fingerprint,
-    message_size: int,
-    windows: Sequence[Tensor],
-    memory: Tensor | None = None,
-) -> Tensor:
-    """A header and these windows, summed over the ranks, on the device of the windows. Collective."""
-    home = windows[0].device
-    header = torch.tensor(fingerprint.header(), dtype=torch.float64, device=home)
-    size = HEADER + sum(map(Tensor.numel, windows))
-    # All messages of a group have one length: see verify_layout.
-    padding = [header.new_zeros(message_size - size)] if size < message_size else []
-    message = concatenate([header, *windows, *padding], transport.choose_device(home), memory)
-    transport.all_reduce(message)
-    return message[:size].to(home)
-
-
-def reduce_for(
-    call: str, group: Group, members: Sequence[NamedLayer], tensors: Sequence[Tensor] | None = None
-) -> list[Tensor]:
-    """The windows of these layers summed over the ranks, for something else than a commit. Collective.
-
-    Args:
-        tensors: what to sum in the windows' place, one for each layer and of its window's size.
-
-    Raises:
-        LayoutMismatchError: some ranks call something else now.
-    """
-    transport = connect(group, call=call)
-    layout, message_size = verify_layout(group, transport, members)
-    # Not a commit's: a peer may commit now.
-    fingerprint = Fingerprint.of(layout.key, call)
-    windows = [layer._accumulation.window for _, layer in members] if tensors is None else tensors
-    reduced = _reduce_windows(transport, fingerprint, message_size, windows)
-    if not fingerprint.agrees(reduced[:HEADER].tolist(), transport.size):
-        raise_layout_mismatch(group, transport, members, call)
-    _, *sums = torch.split(reduced, layout.sizes)
-    return sums
-
-
-def _judge(
-    group: Group, transport: Transport, layout: Layout, members: Sequence[NamedLayer], reduced: Tensor
-) -> list[int]:
-    """Values per channel by layer. Raises on what no rank may apply, from reduced values: all ranks raise or none."""
+def _read(layout: Layout, reduced: Tensor) -> tuple[list[float], list[float], float]:
+    """The header, the values per channel by layer, and a sum that is finite where all sums are."""
     at, *_ = layout.indices(reduced.device)
     # One tolist() for all: each waits for a GPU.
     # NaN and Inf survive the sum of everything: no mask is needed.
-    *verdict, checksum = torch.cat([reduced[:HEADER], reduced.index_select(0, at), reduced.sum().reshape(1)]).tolist()
-    header, counts = verdict[:HEADER], verdict[HEADER:]
-    # First: sums of different layers mean nothing.
-    if not layout.fingerprint.agrees(header, transport.size):
-        raise_layout_mismatch(group, transport, members)
+    *numbers, checksum = torch.cat([reduced[:HEADER], reduced.index_select(0, at), reduced.sum().reshape(1)]).tolist()
+    return numbers[:HEADER], numbers[HEADER:], checksum
+
+
+def _judge(transport: Transport, message: Message, counts: Sequence[float], checksum: float) -> None:
+    """Raise on what no rank may apply, from reduced values: all ranks raise or none."""
     if not math.isfinite(checksum):
-        _raise_non_finite(transport, members)
+        _raise_non_finite(transport, message)
     # n / (n - 1) has no value for one.
-    lonely = [name for (name, _), count in zip(members, counts, strict=True) if count == 1]
+    lonely = [name for (name, _), count in zip(message.members, counts, strict=True) if count == 1]
     if lonely:
         raise TooFewValuesError(
             f"one value per channel in the whole global batch has no variance, in {', '.join(lonely)}: "
             "accumulate more micro-batches before a commit, or discard(model)"
         )
-    return [int(count) for count in counts]
 
 
-def _raise_non_finite(transport: Transport, members: Sequence[NamedLayer]) -> NoReturn:
+def _raise_non_finite(transport: Transport, message: Message) -> NoReturn:
     """Name the layers and ranks. Collective."""
     # Ranks know only their own windows: each names its layers.
-    ours = [name for name, layer in members if not layer._accumulation.window.isfinite().all()]
+    pairs = zip(message.members, message.windows, strict=True)
+    ours = [name for (name, _), window in pairs if not window.isfinite().all()]
     by_rank = gather_texts(transport, ours)
     where = "; ".join(f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(by_rank) if names)
     # Finite windows may add up to Inf.

@@ -18,25 +18,31 @@ from syncaccum.window import compiled_fold, spare
 from syncaccum.window.layers import NamedLayer
 from syncaccum.window.layout import Layout
 from syncaccum.window.prior import steps_of_commit
+from syncaccum.window.taken import Taken, steps_of_rest
 from syncaccum.window.uninterrupted import run_uninterrupted, steps_of_new_window
 
 
-def apply_to_some(layout: Layout, counts: Sequence[int], seen: Sequence[NamedLayer], reduced: Tensor) -> None:
+def apply_to_some(
+    layout: Layout, seen: Sequence[int], members: Sequence[NamedLayer], reduced: Tensor, taken: Sequence[Taken] | None
+) -> None:
     """Apply, leaving out the layers that no rank has seen data for."""
     # As if the other layers were not in the model.
     header, *sums = torch.split(reduced, layout.sizes)
-    kept = [s for s, count in zip(sums, counts, strict=True) if count > 0]
-    key = tuple(k for k, count in zip(layout.key, counts, strict=True) if count > 0)
-    apply(Layout.of(key), seen, torch.cat([header, *kept]))
+    kept = Layout.of(tuple(layout.key[index] for index in seen))
+    parts = None if taken is None else [taken[index] for index in seen]
+    apply(kept, [members[index] for index in seen], torch.cat([header, *(sums[index] for index in seen)]), parts)
 
 
-def apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> None:
+def apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor, taken: Sequence[Taken] | None = None) -> None:
     """Fold the reduced sums into the running statistics, and start a new window: all of it or, on an error, nothing.
 
     All channels of all layers at once: a few operations for each layer would take longer than the all-reduce.
+
+    Args:
+        taken: this rank's part of the sums; None for all that is in the windows.
     """
     layers = [layer for _, layer in members]
-    closing = _close_windows(layers, layout, reduced)
+    closing = _close_windows(layers, layout, reduced, taken)
     buffers = [buffers_of(layer) for layer in layers]
     current = [cast(Tensor, b[name]) for name in ("running_mean", "running_var") for b in buffers]
     factors = _find_factors(layers, layout, reduced.device)
@@ -48,13 +54,14 @@ def apply(layout: Layout, members: Sequence[NamedLayer], reduced: Tensor) -> Non
     # Until here nothing has changed. What follows does not fail.
     counters = [batches for b in buffers if (batches := b["num_batches_tracked"]) is not None]
     states = [layer._accumulation for layer in layers]
+    changes: dict[str, Any] = {"used_since": None, "is_committed": True}
     run_uninterrupted(
         [
             partial(copy_all, current, new.stored),
             # It refuses an empty list.
             *([partial(add_to_all, counters, 1)] if counters else []),
             # A checkpoint's second forward would now see other statistics.
-            *steps_of_new_window(states, used_since=None, is_committed=True),
+            *(steps_of_new_window(states, changes) if taken is None else steps_of_rest(states, taken, changes)),
             *closing,
         ]
     )
@@ -120,7 +127,9 @@ def _divide(layout: Layout, reduced: Tensor) -> tuple[Tensor, Tensor]:
     return n, reduced.index_select(0, at_sums).view(2, -1).div_(n)
 
 
-def _close_windows(layers: Sequence[Accumulating], layout: Layout, reduced: Tensor) -> list[partial[Any]]:
+def _close_windows(
+    layers: Sequence[Accumulating], layout: Layout, reduced: Tensor, taken: Sequence[Taken] | None
+) -> list[partial[Any]]:
     """The steps for layers under policy "window"."""
     having = [index for index, layer in enumerate(layers) if layer._accumulation.ledger is not None]
     if not having:
@@ -131,7 +140,9 @@ def _close_windows(layers: Sequence[Accumulating], layout: Layout, reduced: Tens
         pieces = torch.split(rows, list(layout.widths), 1)
         rows = torch.cat([pieces[index] for index in having], 1)
     states = [layers[index]._accumulation for index in having]
-    return steps_of_commit(states, [layers[index].eps for index in having], *rows)
+    parts = None if taken is None else [taken[index] for index in having]
+    n, mean, mean_sq = rows.unbind()
+    return steps_of_commit(states, [layers[index].eps for index in having], n, mean, mean_sq, parts)
 
 
 def _round_as_stored(new: Tensor, layout: Layout, current: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -85,7 +85,7 @@ def for_each_group(layers: Sequence[NamedLayer], act: Callable[[Group, Sequence[
     """
     done: list[R] = []
     failed: list[tuple[Sequence[NamedLayer], CommitError]] = []
-    for group, members in _by_group(layers).items():
+    for group, members in by_group(layers).items():
         try:
             done.append(act(group, members))
         except CommitError as error:
@@ -96,7 +96,7 @@ def for_each_group(layers: Sequence[NamedLayer], act: Callable[[Group, Sequence[
     return done
 
 
-def _by_group(layers: Sequence[NamedLayer]) -> dict[Group, list[NamedLayer]]:
+def by_group(layers: Sequence[NamedLayer]) -> dict[Group, list[NamedLayer]]:
     """Layers by resolved group, both in module order: so all ranks come to their common groups in the same order."""
     by_group: dict[Group, list[NamedLayer]] = {}
     default = resolve_group(None)  # once, for some hundred layers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -85,21 +85,46 @@ def verify_layout(group: Group, transport: Transport, members: Sequence[NamedLay
     Collective where the layout is new to the group. Then ``num_batches_tracked`` must be the same on all ranks, too:
     if a peer died during a commit, some of the others may have finished that commit, and some not.
     """
-    layout = _recall_layout(_describe_layers(members))
-    if group is None:
-        return layout, layout.size
-    agreement = agreement_of(group)
-    if layout.key not in agreement.keys:
-        # First time in this group: compare before any sums are sent.
-        proposal = Fingerprint.of(layout.key, _batches_tracked(group, members))
-        device = transport.choose_device(members[0][1]._accumulation.window.device)
-        message = torch.zeros(agreement.message_size, dtype=torch.float64, device=device)
-        message[:HEADER] = torch.tensor(proposal.header(new=True), dtype=torch.float64)
-        transport.all_reduce(message)
+    layout = describe_layout(members)
+    if (agree := propose_if_new(group, transport, members, layout)) is not None:
+        agree(transport)
+    return layout, message_size(group, layout)
+
+
+def describe_layout(members: Sequence[NamedLayer]) -> Layout:
+    """This rank's own."""
+    return _recall_layout(_describe_layers(members))
+
+
+def message_size(group: Group, layout: Layout) -> int:
+    """The length of every message of a group, now that its ranks have agreed on the layout."""
+    return layout.size if group is None else agreement_of(group).message_size
+
+
+def propose_if_new(
+    group: Group, transport: Transport, members: Sequence[NamedLayer], layout: Layout, call: str = "commit"
+) -> Callable[[Transport], None] | None:
+    """Begin to compare a layout that is new to the group, as `verify_layout` says; None for one that is not.
+
+    What is returned waits for the end, and takes a transport for what follows. Both are collective where there is
+    something to compare.
+    """
+    if group is None or layout.key in agreement_of(group).keys:
+        return None
+    # First time in this group: compare before any sums are sent.
+    proposal = Fingerprint.of(layout.key, _batches_tracked(group, members))
+    device = transport.choose_device(members[0][1]._accumulation.window.device)
+    message = torch.zeros(agreement_of(group).message_size, dtype=torch.float64, device=device)
+    message[:HEADER] = torch.tensor(proposal.header(new=True), dtype=torch.float64)
+    wait = transport.start_all_reduce(message)
+
+    def agree(transport: Transport) -> None:
+        wait()
         if not proposal.agrees(message[:HEADER].tolist(), transport.size, new=True):
-            raise_layout_mismatch(group, transport, members)
-        agreement.remember(layout.key, layout.size)
-    return layout, agreement.message_size
+            raise_layout_mismatch(group, transport, members, call)
+        agreement_of(group).remember(layout.key, layout.size)
+
+    return agree
 
 
 # Remembered: a fingerprint of some hundred layers takes a while.

@@ -31,6 +31,7 @@ from syncaccum.layer.accumulation import Accumulation
 from syncaccum.layer.ledger import NEW_WINDOW, Ledger
 from syncaccum.moments import Moments
 from syncaccum.torch_private import copy_all, zero_all
+from syncaccum.window.taken import Taken, steps_of_rest_in_books
 
 _MOST, _AFTER_FIRST = 16.0, 4.0
 """A prior is worth so many samples at most; and so many after a first window, which tells nothing of the drift."""
@@ -40,7 +41,12 @@ _ROUNDING = 1e-12
 
 
 def steps_of_commit(
-    states: Sequence[Accumulation], eps: Sequence[float], n: Tensor, mean: Tensor, mean_sq: Tensor
+    states: Sequence[Accumulation],
+    eps: Sequence[float],
+    n: Tensor,
+    mean: Tensor,
+    mean_sq: Tensor,
+    taken: Sequence[Taken] | None = None,
 ) -> list[partial[Any]]:
     """The steps that make a prior of each open window, and start a new one. Its books are closed later.
 
@@ -50,12 +56,13 @@ def steps_of_commit(
         states: of layers under policy "window".
         eps: theirs.
         n, mean, mean_sq: of the global batch, for each channel of each of these layers.
+        taken: this rank's part of it; None for all that is in the windows.
     """
     ledgers = [state.ledger for state in states if state.ledger is not None]
     layers = _find_layers(tuple(ledger.squares.numel() for ledger in ledgers), n.device)
     old = layers.join([ledger.prior for ledger in ledgers])
     variance = torch.addcmul(mean_sq, mean, mean, value=-1).clamp_min(0) + layers.spread(n.new_tensor(eps))
-    here = _Here.of(states, ledgers, layers, n)
+    here = _Here.of(taken or [Taken.of(state) for state in states], layers, n)
     drift = layers.average((mean - old.mean).square() / variance) / (here.tau(mean, variance, layers) + _ROUNDING)
     # A rank without samples cannot tell.
     worth = torch.where(here.samples > 0, 1 / (drift - 1 / here.everyones).clamp(1 / _MOST, 1), old.count)
@@ -69,8 +76,15 @@ def steps_of_commit(
     return [
         # One call: a signal comes before or after it.
         partial(copy_all, list(itertools.chain(*parts)), list(itertools.chain(*values))),
+        *(_steps_of_new_books(ledgers) if taken is None else steps_of_rest_in_books(states, taken)),
+        *(partial(vars(one).update, number=one.number + 1, knows_prior=True) for one in ledgers),
+    ]
+
+
+def _steps_of_new_books(ledgers: Sequence[Ledger]) -> list[partial[Any]]:
+    return [
         partial(zero_all, [ledger.squares for ledger in ledgers]),
-        *(partial(vars(one).update, NEW_WINDOW | {"number": one.number + 1, "knows_prior": True}) for one in ledgers),
+        *(partial(vars(ledger).update, NEW_WINDOW) for ledger in ledgers),
     ]
 
 
@@ -87,14 +101,14 @@ class _Here:
     squares: Tensor
 
     @classmethod
-    def of(cls, states: Sequence[Accumulation], ledgers: Sequence[Ledger], layers: _Layers, n: Tensor) -> _Here:
-        window = layers.join([state.window for state in states])
-        samples, micro_batches = n.new_tensor([[one.samples, one.micro_batches] for one in ledgers]).unbind(1)
+    def of(cls, taken: Sequence[Taken], layers: _Layers, n: Tensor) -> _Here:
+        window = layers.join([one.window for one in taken])
+        samples, micro_batches = n.new_tensor([[one.samples, one.booked] for one in taken]).unbind(1)
         n = n.index_select(0, layers.starts)
         everyones = torch.where(samples > 0, n * samples / window.count.clamp_min(1), n)
         # About the mean of all: K - 1 where all are here.
         freedom = (micro_batches - samples / everyones).clamp_min(1e-6)
-        squares = torch.cat([one.squares for one in ledgers]).to(n.device)
+        squares = torch.cat([one.squares for one in taken if one.squares is not None]).to(n.device)
         return cls(samples, everyones, freedom, window.mean, squares)
 
     def tau(self, mean: Tensor, variance: Tensor, layers: _Layers) -> Tensor:

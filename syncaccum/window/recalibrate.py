@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from syncaccum.errors import CommitError
 from syncaccum.layer.state import Accumulating
 from syncaccum.torch_private import buffers_of
-from syncaccum.window.commit import CommitReport, commit_layers, reduce_for
+from syncaccum.window.commit import CommitReport, commit_layers
 from syncaccum.window.layers import NamedLayer, for_each_group, tracking_layers
+from syncaccum.window.message import reduce_for
 
 
 @torch.no_grad()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,9 @@ from syncaccum.layer.state import Accumulating
 from syncaccum.ranks.connect import connect
 from syncaccum.ranks.groups import Group, resolve_group
 from syncaccum.torch_private import copy_all
-from syncaccum.window.commit import reduce_for
 from syncaccum.window.layers import NamedLayer, for_each_group, tracking_layers
+from syncaccum.window.message import reduce_for
+from syncaccum.window.uninterrupted import run_uninterrupted, step_of_updates
 
 
 def window_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -122,7 +125,14 @@ def load_window_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> Non
             _check_fit(key, layer, state[key], is_window=False)
     # All are checked and computed before the first is replaced.
     windows = [_take_share(layer, state[name]) for name, layer in layers.items()]
-    copy_all([layer._accumulation.window for layer in layers.values()], [window.detach() for window in windows])
+    accumulations = [layer._accumulation for layer in layers.values()]
+    run_uninterrupted(
+        [
+            partial(copy_all, [one.window for one in accumulations], [window.detach() for window in windows]),
+            # What may be on its way to the other ranks was another window.
+            step_of_updates(accumulations, itertools.repeat({"is_sent": False})),
+        ]
+    )
     for name, layer in layers.items():
         _load_ledger(name, layer, state)
 

@@ -11,10 +11,12 @@ from weakref import WeakKeyDictionary, WeakSet
 from torch import nn
 from torch.optim import Optimizer
 
+from syncaccum.errors import CommitError
 from syncaccum.layer.state import Accumulating
 from syncaccum.window.commit import CommitReport, OnNonFinite, check_on_nonfinite, commit_layers, to_seconds
 from syncaccum.window.layers import tracking_layers
 from syncaccum.window.optimizers import find_optimizers, hook_step
+from syncaccum.window.overlap import Overlap, watch
 
 # A GAN's critic takes up to 100 steps in a round.
 # Twice as many look like a mistake.
@@ -27,6 +29,7 @@ def commit_on_step(
     *,
     timeout: float | timedelta | None = None,
     on_nonfinite: OnNonFinite = "raise",
+    overlap: bool = False,
 ) -> CommitHandle:
     """Commit the model's windows after each ``optimizer.step()``: one window for one step.
 
@@ -57,11 +60,29 @@ def commit_on_step(
     of that group are dropped on all its ranks, running statistics stay as they are, and training goes on. Dropped are
     all micro-batches since the last commit, those of skipped steps included. Other errors are raised with both.
 
+    **Overlap**: with ``overlap=True`` windows are sent when the last micro-batch's backward begins, and the step waits
+    for what is left of their all-reduce. Statistics are the same, to the last bit, and so are errors, which the step
+    raises. The last micro-batch is one whose backward reduces gradients: outside of DDP's ``no_sync()``. Pass the
+    DistributedDataParallel itself, or a model that holds it. Without one call ``handle.start_commit()``.
+
+    - The first step sends by itself, because ranks compare first whether all of them overlap. So do steps inside
+      ``join``, whose waiting ranks know of commits alone, and of ``lockstep`` and ``lookahead``, which have messages of
+      their own in the backward; in ``lockstep`` call ``handle.start_commit()`` between forward and backward.
+    - Another backward that reduces, as after a skipped step, sends the windows anew, and what was sent before is
+      dropped. So without ``no_sync()`` each micro-batch sends, and statistics are right all the same.
+    - A training forward between that backward and the step comes too late for this window and goes into the next one.
+      ``discard`` comes too late for what was sent: that is committed, so that statistics stay equal on all ranks. Both
+      are warned of. Where no step follows, ``discard`` drops all.
+    - Windows stay in the layers until the step: checkpoints that are saved meanwhile have them, and a ``commit`` by
+      hand takes them. ``remove()`` leaves them open.
+    - ``timeout`` counts from the sending on. MPI communicators exchange at once, in the backward.
+
     Args:
         model: a module with SyncAccumBatchNorm layers, also inside DDP or torch.compile wrappers.
         optimizer: a torch.optim.Optimizer, a wrapper around one, or a list, tuple, set or dict of them.
         timeout: of each commit, as for ``commit``.
         on_nonfinite: "raise" or "discard", the same on all ranks.
+        overlap: whether to send windows before the step, the same on all ranks.
 
     Returns:
         A handle; ``handle.remove()`` ends it for all optimizers. It is also a context manager that does so at its end.
@@ -78,7 +99,8 @@ def commit_on_step(
     Warns:
         UserWarning: from the step, on every rank, once for each discarded window, naming the layers and ranks of the
             NaN or Inf (Python by default prints equal warnings once); and when one of several optimizers has
-            taken 200 steps in a round and another none.
+            taken 200 steps in a round and another none. With ``overlap``, once for each kind, on the rank that it
+            concerns: what came too late for a window that was sent, and a step that nothing was sent for.
 
     Example::
 
@@ -98,7 +120,7 @@ def commit_on_step(
     for other in list(_registered):
         if other.is_replaced_by(model, optimizers):
             other.remove()
-    handle = CommitHandle(model, optimizers, to_seconds(timeout), on_nonfinite)
+    handle = CommitHandle(model, optimizers, to_seconds(timeout), on_nonfinite, overlap)
     _registered.add(handle)
     return handle
 
@@ -116,6 +138,7 @@ class CommitHandle:
         optimizers: Collection[Optimizer],
         timeout: float | None,
         on_nonfinite: OnNonFinite,
+        overlap: bool = False,
     ) -> None:
         self.report: CommitReport | None = None
         self._model = model
@@ -126,12 +149,35 @@ class CommitHandle:
         self._stepping: WeakSet[Optimizer] = WeakSet()
         self._steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self._hooks = [hook for optimizer in optimizers for hook in hook_step(optimizer, self._begin, self._end)]
+        self._overlap = Overlap(timeout) if overlap else None
+        if overlap:
+            self._hooks += watch(model, self.start_commit)
 
     def remove(self) -> None:
         """Commit no more after steps, of any of the optimizers."""
         for hook in self._hooks:
             hook.remove()
+        if self._overlap is not None:
+            self._overlap.forget()
         _registered.discard(self)
+
+    def start_commit(self) -> None:
+        """Send the windows now, if they are to overlap: the next step takes what is in them now.
+
+        For models without DistributedDataParallel: call it before the last micro-batch's backward, when its forward is
+        done. Inside DDP's it is called by itself. Collective: all ranks call it equally often, at the same place among
+        their other collectives.
+
+        Raises:
+            RuntimeError: ``commit_on_step`` was called without ``overlap=True``.
+        """
+        if self._overlap is None:
+            raise RuntimeError("nothing is sent before the step: call commit_on_step(..., overlap=True)")
+        try:
+            layers = tracking_layers(self._model)
+        except CommitError:
+            return  # the step raises it
+        self._overlap.start(layers)
 
     def __enter__(self) -> CommitHandle:
         return self
@@ -156,7 +202,9 @@ class CommitHandle:
         if len(self._steps) == len(self._optimizers):
             # First: if the commit raises, the next round starts anew.
             self._steps.clear()
-            self.report = commit_layers(tracking_layers(self._model), self._timeout, self._on_nonfinite)
+            sent = None if self._overlap is None else self._overlap.layers
+            layers = tracking_layers(self._model) if sent is None else sent
+            self.report = commit_layers(layers, self._timeout, self._on_nonfinite, self._overlap)
         # Equal, not more: once in a round.
         elif self._steps[optimizer] == _UNEVEN_AFTER:
             _warn_of_uneven_steps()

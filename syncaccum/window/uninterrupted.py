@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from syncaccum.layer.accumulation import NEW_WINDOW, Accumulation
@@ -30,11 +31,17 @@ def steps_of_drop(states: Sequence[Accumulation]) -> list[partial[Any]]:
     return [*steps_of_new_window(states), *map(step_of_discard, ledgers)]
 
 
-def steps_of_new_window(states: Sequence[Accumulation], **changes: bool | None) -> list[partial[Any]]:
+def steps_of_new_window(
+    states: Sequence[Accumulation], changes: Mapping[str, Any] = MappingProxyType({})
+) -> list[partial[Any]]:
     """The steps that start a new window in each layer, ledgers aside, and make some more changes to its state."""
-    updates = map(dict.update, map(vars, states), itertools.repeat(NEW_WINDOW | changes))
     return [
         partial(zero_all, [state.window for state in states]),
-        # One step for all layers: it walks, in C, too.
-        partial(deque, updates, 0),
+        step_of_updates(states, itertools.repeat({**NEW_WINDOW, **changes})),
     ]
+
+
+def step_of_updates(states: Sequence[Accumulation], updates: Iterable[Mapping[str, Any]]) -> partial[Any]:
+    """The step that changes some attributes of each state."""
+    # One step for all layers: it walks, in C, too.
+    return partial(deque, map(dict.update, map(vars, states), updates), 0)

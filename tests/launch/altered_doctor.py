@@ -28,18 +28,23 @@ def replace_versions() -> None:
 
 
 def spoil_sums() -> None:
-    all_reduce = TorchTransport.all_reduce
+    start_all_reduce = TorchTransport.start_all_reduce
 
-    def spoiled(self: Any, flat: Tensor) -> None:
-        all_reduce(self, flat)
-        if flat.numel() > HEADER:  # sums, not the comparison of layers before them
-            flat[-1] += flat[-1].abs() * 1e-6
+    def spoiled(self: Any, flat: Tensor) -> Callable[[], None]:
+        wait = start_all_reduce(self, flat)
+
+        def spoil() -> None:
+            wait()
+            if flat.numel() > HEADER:  # sums, not the comparison of layers before them
+                flat[-1] += flat[-1].abs() * 1e-6
+
+        return spoil
 
     # Only in the commit: elsewhere it would spoil the ranks' notes to each other.
     measured = measurement.measure_commit_error
 
     def measure_commit_error(*args: Any, **kwargs: Any) -> float:
-        with mock.patch.object(TorchTransport, "all_reduce", spoiled):
+        with mock.patch.object(TorchTransport, "start_all_reduce", spoiled):
             return measured(*args, **kwargs)
 
     measurement.measure_commit_error = measure_commit_error

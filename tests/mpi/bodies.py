@@ -23,6 +23,7 @@ from syncaccum import (
     SyncAccumBatchNorm,
     TooFewValuesError,
     commit,
+    commit_on_step,
     convert_sync_accum,
     lockstep,
     lookahead,
@@ -108,6 +109,26 @@ def a_commit_is_one_all_reduce_after_a_comparison_of_layers(comm: MPI.Intracomm)
         commit(layers)
         counts.append(counting.all_reduces)
     assert counts == [2, 3, 4]
+
+
+@body
+def overlap_sends_before_the_step_and_gives_the_same_bits(comm: MPI.Intracomm) -> None:
+    counting = Counting(comm.Dup())
+    ends = []
+    for overlap in (True, False):
+        layers = make_layers(counting, a=3, b=5)
+        optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
+        handle = commit_on_step(layers, optimizer, overlap=overlap)
+        for step in range(3):
+            feed(comm, layers, step)
+            if overlap:
+                handle.start_commit()
+            sent = counting.all_reduces
+            optimizer.step()
+            if overlap and step > 0:
+                assert counting.all_reduces == sent
+        ends.append(take_snapshot(layers))
+    assert_unchanged(layers, ends[0])
 
 
 @body

@@ -36,6 +36,19 @@ def test_a_hook_runs_in_backward_and_code_around_it_does_not() -> None:
     assert seen == [True]
 
 
+def test_each_backward_has_a_number() -> None:
+    seen = []
+    x = torch.ones(1, requires_grad=True)
+    for _ in range(2):
+        outputs = [x * factor for factor in (1, 2)]
+        for output in outputs:
+            output.register_hook(lambda _: seen.append(torch_private.number_of_backward()))
+        sum(outputs).backward()
+    assert torch_private.number_of_backward() == -1
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+    assert -1 not in seen
+
+
 def test_what_a_module_owns() -> None:
     outer = nn.Sequential(nn.BatchNorm1d(2))
     assert torch_private.buffers_of(outer) == torch_private.parameters_of(outer) == {}
@@ -54,9 +67,12 @@ def test_many_tensors_at_once() -> None:
     assert [t.tolist() for t in tensors] == [[1, 1], [3, 3, 3], 3]
     scaled = torch_private.scale_each(tensors[:2], [2.0, 0.5])
     assert [t.tolist() for t in [*scaled, *tensors[:2]]] == [[2, 2], [1.5, 1.5, 1.5], [1, 1], [3, 3, 3]]
+    torch_private.take_from_all(tensors[:2], [torch.ones(2), torch.full((3,), 2.0)])
+    assert [t.tolist() for t in tensors] == [[0, 0], [1, 1, 1], 3]
     torch_private.zero_all(tensors)
     assert not any(t.any() for t in tensors)
-    for function in (torch_private.copy_all, torch_private.add_to_all, torch_private.zero_all):
+    names = ("copy_all", "add_to_all", "take_from_all", "zero_all")
+    for function in (getattr(torch_private, name) for name in names):
         assert isinstance(function, types.BuiltinFunctionType)  # else signal handlers come between its bytecodes
 
 
