@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any, TypeVar
@@ -27,11 +27,12 @@ from syncaccum.exact.offload import HostStore
 from syncaccum.exact.openmp import Teams
 from syncaccum.exact.parametrizations import SharedWeights
 from syncaccum.exact.process_state import Eager, run_under
+from syncaccum.exact.shards import Gate, Shards
 from syncaccum.exact.streams import Asides
 from syncaccum.exact.turns import Turns
 from syncaccum.layer import surroundings
 from syncaccum.layer.state import Accumulating
-from syncaccum.torch_private import without_dispatch_modes
+from syncaccum.torch_private import all_saved_tensor_hooks, without_dispatch_modes
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -138,6 +139,7 @@ def run_side_by_side(
     attendance = Attendance(model, mode.call)
     teams = Teams(model, len(batches))
     asides = Asides(model)
+    shards = Shards(model)
 
     def check_surroundings(layer: Accumulating, name: str) -> None:
         mode.check_layer(name)
@@ -154,20 +156,21 @@ def run_side_by_side(
     results: list[Any] = [None] * len(batches)
 
     def run(index: int) -> None:
-        here = surroundings.TakingPart(_Participant(index, mode, meeting, turns, teams, asides))
+        participant = _Participant(index, mode, meeting, turns, teams, asides)
 
         def run_one() -> None:
-            with weights.for_one():
+            with weights.for_one(), shards.for_one(participant.pass_gate):
                 results[index] = refuse_unfinished(forward(batches[index]))
 
-        run_under([here], run_one)
+        run_under([surroundings.TakingPart(participant)], run_one)
         teams.release()
 
     def run_all() -> None:
         turns.run(run)
         wrappers.end()
+        shards.end()
 
-    run_under([teams, Eager(), weights, attendance, asides, wrappers], run_all)
+    run_under([teams, Eager(), weights, attendance, asides, wrappers, shards], run_all)
     # It ran well. Was it exact? Only then the windows may change.
     bystanders.end_turn()
     attendance.check(met=meeting.anyone_met)
@@ -191,14 +194,30 @@ class _Participant:
     ) -> Tensor:
         arrival = self.mode.make_arrival(layer, x, weight, bias, eps, counts)
         is_repeated = has_checkpoint(arrival.hooks)
-        # A selective one counts operators, to know them again.
-        with without_dispatch_modes() if is_repeated else nullcontext():
+        with _unseen(is_repeated):
             self.meeting.arrive(self.index, arrival)
         del arrival  # the meeting alone holds it
+        y: Tensor = self._wait(is_repeated)
+        return y
+
+    def pass_gate(self, gate: Gate, value: Any) -> Any:
+        """What a gate gives for what this micro-batch comes with, once all have come. Collective."""
+        is_repeated = torch.is_grad_enabled() and has_checkpoint(all_saved_tensor_hooks())
+        with _unseen(is_repeated):
+            self.meeting.arrive_at_gate(self.index, gate, value)
+        del value
+        return self._wait(is_repeated)
+
+    def _wait(self, is_repeated: bool) -> Any:
         self.teams.release()
         with self.asides.while_waiting() if is_repeated else nullcontext():
             self.turns.give_way(self.index)
-        return self.meeting.take_output(self.index)
+        return self.meeting.take(self.index)
+
+
+def _unseen(is_repeated: bool) -> AbstractContextManager[Any]:
+    """Where micro-batches meet. A selective checkpoint counts operators, to know them again: these it does not see."""
+    return without_dispatch_modes() if is_repeated else nullcontext()
 
 
 def _refuse_around() -> None:

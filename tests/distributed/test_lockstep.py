@@ -260,3 +260,29 @@ def test_a_running_mean_that_is_not_finite_spoils_no_output(rank: Rank) -> None:
     whole = images(0, 4)
     (y,) = lockstep(layer, layer, [whole[2 * rank.index :][:2]])
     torch.testing.assert_close(y, nn.BatchNorm2d(1).double()(whole)[2 * rank.index :][:2])
+
+
+class Fork(nn.Module):
+    """Two ways side by side, the short one first: in the backward it comes last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.short = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+        self.long = nn.Sequential(
+            nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.Tanh(), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        short = self.short(x)
+        return torch.tanh(self.long(x) + short)
+
+
+@on_ranks(2)
+def test_ranks_with_one_and_with_many_micro_batches_walk_backward_in_one_order(rank: Rank) -> None:
+    """A thread numbers its own autograd nodes, and a backward goes by numbers. Ten layers drive the numbers apart."""
+    torch.manual_seed(0)
+    stem = [nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)) for _ in range(10)]
+    model = convert_sync_accum(nn.Sequential(*stem, Fork(), Fork()).double())
+    xs = list(torch.randn(8, 2, 4, 4, dtype=torch.float64).split([8, 2][rank.index]))
+    torch.stack(lockstep(model, lambda x: loss_of(model(x)), xs)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
