@@ -24,7 +24,7 @@ from syncaccum.exact.second_pass import SecondPass
 from syncaccum.exact.streams import Streams
 from syncaccum.exact.thread_state import NoGraph
 from syncaccum.layer import surroundings
-from syncaccum.torch_private import tensors_in, version_of
+from syncaccum.torch_private import is_fully_sharded, tensors_in, version_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -119,7 +119,8 @@ def _walk(
     eager = Eager()
     # Weights cast under no_grad would have no gradient.
     torch.clear_autocast_cache()
-    second = SecondPass(record.visits, len(batches), meeting.exchange_of)
+    is_sharded = any(is_fully_sharded(module) for module in model.modules())
+    second = SecondPass(record.visits, len(batches), meeting.exchange_of, in_step=is_sharded)
     surroundings.recompute_by([visit.layer for visit in record.visits], second)
     windows = _Windows(meeting)
     wrappers.prepare_to_go_alone()
@@ -130,7 +131,7 @@ def _walk(
             second.begin(index)
             result = _run_alone(forward, batch, second, wrappers, streams, states)
             second.end_forward()
-            if second.is_last and wrappers.reduce_in_backward:
+            if is_sharded or (second.is_last and wrappers.reduce_in_backward):
                 second.begin_reduction()
             yield result
             # Gone before the next one needs memory.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from syncaccum import commit, lockstep
+from syncaccum import LockstepError, SyncAccumBatchNorm, commit, lockstep, lookahead
 from tests.distributed.test_lockstep import images, loss_of, models
 from tests.ranks import Rank, on_ranks
 
@@ -71,3 +73,56 @@ def check_against_the_whole_batch(rank: Rank, parts: str, **settings: Any) -> No
 @on_ranks(2)
 def test_gradients_under_fully_shard_are_the_large_batchs(rank: Rank, parts: str, reshard: bool) -> None:
     check_against_the_whole_batch(rank, parts, reshard_after_forward=reshard)
+
+
+def lookahead_under(model: nn.Module, parts: Sequence[Tensor], *, sync_last_only: bool = False) -> float:
+    """One window; the sum of its losses on this rank."""
+    total = 0.0
+    for index, loss in enumerate(lookahead(model, lambda x: loss_of(model(x)), parts)):
+        if sync_last_only and isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(index + 1 == len(parts))
+        total += loss.item()
+        loss.backward()
+    return total
+
+
+@pytest.mark.parametrize("parts", ["root", "some", "layers"])
+@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize("sync_last_only", [True, False])
+@on_ranks(2)
+def test_lookahead_under_fully_shard_is_lookahead_under_ddp(
+    rank: Rank, parts: str, reshard: bool, sync_last_only: bool
+) -> None:
+    model, reference = models()
+    other, _ = models()
+    ddp = DistributedDataParallel(other)
+    shard(model, parts, reshard_after_forward=reshard)
+    for step in range(2):
+        sizes = [[3, 1, 0], [1, 2, 4]]
+        whole = images(step, sum(map(sum, sizes)))
+        mine = list(whole.split(sum(sizes, []))[3 * rank.index :][:3])
+        model.zero_grad()
+        other.zero_grad()
+        total = torch.tensor(lookahead_under(model, mine, sync_last_only=sync_last_only), dtype=torch.float64)
+        dist.all_reduce(total)
+        torch.testing.assert_close(total.item(), loss_of(reference(whole)).item())
+        lookahead_under(ddp, mine)
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(full(p.grad), q.grad, rtol=0, atol=1e-12 * float(q.grad.norm()))
+        for m in (model, other):
+            commit(m)
+        for b, c in zip(model.buffers(), reference.buffers(), strict=True):
+            torch.testing.assert_close(b, c, rtol=1e-12, atol=1e-14)
+    gc.collect()
+
+
+@on_ranks(2)
+def test_lookahead_under_fully_shard_refuses_unequal_numbers_on_all_ranks(rank: Rank) -> None:
+    model, _ = models()
+    shard(model, "children")
+    parts = list(images(0, 6).split([2, 3][rank.index]))
+    with pytest.raises(LockstepError, match=r"rank 0 has 3, rank 1 has 2: give ranks with fewer .* empty \(N = 0\)"):
+        lookahead_under(model, parts)
+    assert all(layer.window.count == 0 for layer in model.modules() if isinstance(layer, SyncAccumBatchNorm))
+    lookahead_under(model, [*parts, images(0, 0)] if rank.index == 1 else parts)
+    assert commit(model).ranks == 2
