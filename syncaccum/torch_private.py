@@ -182,13 +182,25 @@ def is_fully_sharded(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
-def belongs_to_fully_shard(hook: Callable[..., Any]) -> bool:
-    """Whether a hook of a module's forward is one that fully_shard has put there."""
+def method_of_fully_shard(hook: Callable[..., Any]) -> Any:
+    """The method of FSDP's state that a hook of a module's forward is, or calls; None where it is no hook of FSDP's."""
     states = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state")
-    # Hooks of a group of modules are functions around the state's method.
+    # Hooks of a group of modules are functions around the method.
     while not hasattr(hook, "__self__") and hasattr(hook, "__wrapped__"):
         hook = hook.__wrapped__
-    return states is not None and isinstance(getattr(hook, "__self__", None), states.FSDPState)
+    is_theirs = states is not None and isinstance(getattr(hook, "__self__", None), states.FSDPState)
+    return hook if is_theirs else None
+
+
+def sharded_forwards() -> list[nn.Module]:
+    """The modules under fully_shard whose forward this code runs in, innermost first."""
+    found = []
+    frame = sys._getframe() if "torch.distributed.fsdp" in sys.modules else None
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and is_fully_sharded(module := frame.f_locals["self"]):
+            found.append(module)
+        frame = frame.f_back
+    return found
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], values: Any) -> Any:

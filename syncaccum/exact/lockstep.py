@@ -139,11 +139,12 @@ def run_side_by_side(
     attendance = Attendance(model, mode.call)
     teams = Teams(model, len(batches))
     asides = Asides(model)
-    shards = Shards(model)
+    shards = Shards(model, mode.call)
 
     def check_surroundings(layer: Accumulating, name: str) -> None:
         mode.check_layer(name)
         wrappers.refuse_others(layer)
+        shards.refuse_others(name)
 
     def begin_turn(index: int) -> None:
         wrappers.begin_turn(index)

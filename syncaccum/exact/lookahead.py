@@ -21,6 +21,7 @@ from syncaccum.exact.module_states import ModuleStates
 from syncaccum.exact.offload import WaitingRoom, stay
 from syncaccum.exact.process_state import Eager, run_under
 from syncaccum.exact.second_pass import SecondPass
+from syncaccum.exact.shards import refuse_around, start_over
 from syncaccum.exact.streams import Streams
 from syncaccum.exact.thread_state import NoGraph
 from syncaccum.layer import surroundings
@@ -112,6 +113,7 @@ def _walk(
 
     def run_first() -> MeetingPoint:
         wrappers.refuse_around()
+        refuse_around()
         return run_side_by_side(mode, model, forward, batches)[1]
 
     meeting = run_under([states, streams, NoGraph()], run_first)
@@ -141,6 +143,8 @@ def _walk(
     except BaseException as error:
         eager.leave()
         surroundings.stop_recomputing(second)
+        if is_sharded and not isinstance(error, GeneratorExit):
+            start_over(model.modules())
         # The user's loop was left. After the last result, all is well.
         is_well = isinstance(error, GeneratorExit) and second.is_complete
         try:

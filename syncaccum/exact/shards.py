@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,21 +21,29 @@ import torch
 from torch import Tensor, nn
 
 from syncaccum.errors import LockstepError
-from syncaccum.torch_private import begin_anew, belongs_to_fully_shard, forward_hooks_of, is_fully_sharded, map_tensors
+from syncaccum.torch_private import (
+    begin_anew,
+    forward_hooks_of,
+    is_fully_sharded,
+    map_tensors,
+    method_of_fully_shard,
+    sharded_forwards,
+)
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a forward is called with."""
 Hook = Callable[..., Any]
 
 
-@dataclass(frozen=True, eq=False)
 class Gate:
-    """The beginning, or the end, of a sharded module's forward."""
+    """The beginning, or the end, of a sharded module's forward.
 
-    name: str
-    module: nn.Module
-    hook: Hook
-    """FSDP's own."""
+    Args:
+        name: where it is, for messages.
+        hook: FSDP's own.
+    """
+
+    def __init__(self, name: str, hook: Hook) -> None:
+        self.name = name
+        self.hook = hook
 
     def open(self, waiting: Sequence[Any]) -> Callable[[int], Any]:
         """Run FSDP's hook once for what all micro-batches came with; gives a function from its index to its part."""
@@ -57,19 +66,15 @@ class Gate:
 
 class _Beginning(Gate):
     def _run(self, values: list[Any]) -> list[Any]:
-        calls: list[Call] = values
-        args, kwargs = self.hook(
-            self.module, tuple(args for args, _ in calls), {str(index): kw for index, (_, kw) in enumerate(calls)}
-        )
-        return [(one, kwargs[str(index)]) for index, one in enumerate(args)]
+        modules, args, kwargs = zip(*values, strict=True)
+        args, named = self.hook(modules[0], args, {str(index): one for index, one in enumerate(kwargs)})
+        return [(one, named[str(index)]) for index, one in enumerate(args)]
 
 
 class _End(Gate):
     def _run(self, values: list[Any]) -> list[Any]:
-        outputs = tuple(output for _, output in values)
-        if torch.is_grad_enabled():
-            outputs = _join(outputs)
-        return list(self.hook(self.module, tuple(args for args, _ in values), outputs))
+        modules, args, outputs = zip(*values, strict=True)
+        return list(self.hook(modules[0], args, _join(outputs) if torch.is_grad_enabled() else outputs))
 
 
 def _join(outputs: Any) -> Any:
@@ -98,45 +103,63 @@ class _Together(torch.autograd.Function):
 
 
 class Shards:
-    """What fully_shard has put around the modules of a model, while a lockstep runs."""
+    """What fully_shard has put around the modules of a model, while a ``call`` such as lockstep runs."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, call: str) -> None:
+        self._call = call
         self._here = threading.local()
-        self._roots = [module for module in model.modules() if is_fully_sharded(module)]
-        self._places = [place for name, module in model.named_modules() for place in self._find_places(name, module)]
-        self._anyone_came = self._is_over = False
-
-    def _find_places(self, name: str, module: nn.Module) -> Iterator[_Place]:
-        """Where FSDP's hooks are, and what is to be there meanwhile."""
-        which = f"module {name}" if name else "the model"
-        before, after = forward_hooks_of(module)
-        for key, hook in filter(_is_theirs, before.items()):
-            beginning = _Beginning(f"the beginning of {which}, as it is under fully_shard", module, hook)
-            yield _Place(before, key, hook, partial(self._begin, beginning))
-        for key, hook in filter(_is_theirs, after.items()):
-            end = _End(f"the end of {which}, as it is under fully_shard", module, hook)
-            yield _Place(after, key, hook, partial(self._end, end))
+        self._modules = {module: name for name, module in model.named_modules() if is_fully_sharded(module)}
+        # The call may come from inside of their forwards.
+        self._around = sharded_forwards()
+        self._places: list[_Place] = []
+        self._has_begun = self._is_over = False
 
     def enter(self) -> None:
         """Put gates in the place of FSDP's hooks."""
         with _lock:
-            if any(place.hooks[place.key] is not place.theirs for place in self._places):
-                raise LockstepError(
-                    "two locksteps in two threads go through one module under fully_shard, which gathers its weights "
-                    "for one forward at a time: begin the second when the first is over"
-                )
-            for place in self._places:
-                place.hooks[place.key] = place.ours
+            for module, name in self._modules.items():
+                if _users.setdefault(module, self) is not self:
+                    raise LockstepError(
+                        f"two locksteps in two threads go through {_describe(name)}, which is under fully_shard and "
+                        "gathers its weights for one forward at a time: begin the second when the first is over"
+                    )
+        for module, name in self._modules.items():
+            before, after = forward_hooks_of(module)
+            self._place_gates(before, _Beginning, f"the beginning of {_describe(name)}", self._begin)
+            self._place_gates(after, _End, f"the end of {_describe(name)}", self._end)
+
+    def _place_gates(self, hooks: dict[int, Hook], gate: type[Gate], where: str, replacement: Hook) -> None:
+        where += ", which is under fully_shard"
+        for key, hook in hooks.items():
+            if (method := method_of_fully_shard(hook)) is not None:
+                self._replace(hooks, key, partial(replacement, gate(where, hook)))
+                # Methods that register_fsdp_forward_method knows look there.
+                self._replace(vars(method.__self__), method.__name__, partial(replacement, gate(where, method)))
+
+    def _replace(self, names: dict[Any, Any], key: Any, ours: Hook) -> None:
+        self._places.append(_Place(names, key, names.get(key), ours))
+        names[key] = ours
 
     def leave(self) -> None:
         """Put the hooks back. After an error FSDP begins anew."""
-        for place in self._places:
-            if place.hooks.get(place.key) is place.ours:
-                place.hooks[place.key] = place.theirs
-        if self._anyone_came and not self._is_over:
+        for place in reversed(self._places):
+            place.give_back()
+        with _lock:
+            for module in self._modules:
+                if _users.get(module) is self:
+                    del _users[module]
+        if self._has_begun and not self._is_over:
             self._is_over = True
-            for module in self._roots[:1]:
-                begin_anew(module)
+            start_over(self._modules)
+
+    def refuse_others(self, layer: str) -> None:
+        """Raise where a layer runs inside of a sharded module that the model has not: it would have no gates."""
+        for module in sharded_forwards():
+            if not any(module is known for known in (*self._modules, *self._around)):
+                raise LockstepError(
+                    f"layer {layer} runs inside of {type(module).__name__}, which is under fully_shard and not part of "
+                    f"the model: pass that as {self._call}'s model"
+                )
 
     def end(self) -> None:
         """All micro-batches came through."""
@@ -157,29 +180,61 @@ class Shards:
         # Another thread, which is not of this lockstep.
         if wait is None:
             return gate.hook(module, args, kwargs)
-        self._anyone_came = True
-        return wait(gate, (args, kwargs))
+        behind = wait(gate, (module, args, kwargs))
+        self._has_begun = True
+        return behind
 
     def _end(self, gate: Gate, module: nn.Module, args: Any, output: Any) -> Any:
         """In the place of FSDP's hook behind a forward. Some come there after an error, too."""
         wait = getattr(self._here, "wait", None)
         if wait is None or (output is None and sys.exc_info()[1] is not None):
             return gate.hook(module, args, output)
-        return wait(gate, (args, output))
-
-
-def _is_theirs(item: tuple[int, Hook]) -> bool:
-    return belongs_to_fully_shard(item[1])
+        return wait(gate, (module, args, output))
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A hook of a module."""
+    """Where FSDP had a function, or looks for one, and what is there instead."""
 
-    hooks: MutableMapping[int, Hook]
-    key: int
-    theirs: Hook
+    names: dict[Any, Any]
+    key: Any
+    theirs: Hook | None
     ours: Hook
+
+    def give_back(self) -> None:
+        """May be called twice."""
+        if self.names.get(self.key) is not self.ours:
+            return
+        if self.theirs is None:
+            del self.names[self.key]
+        else:
+            self.names[self.key] = self.theirs
+
+
+def _describe(name: str) -> str:
+    return f"module {name}" if name else "the model"
 
 
 _lock = threading.Lock()
+_users: weakref.WeakKeyDictionary[nn.Module, Shards] = weakref.WeakKeyDictionary()
+"""Which lockstep a module serves."""
+
+
+def start_over(modules: Iterable[nn.Module]) -> None:
+    """After a forward that failed, let FSDP be as before it: weights are given up. From torch 2.13 on."""
+    sharded = [module for module in modules if is_fully_sharded(module)]
+    inner = {m for module in sharded for m in module.modules() if m is not module}
+    for module in sharded:
+        if module not in inner:
+            # Refused where it is not the outermost: that one fails, too.
+            with suppress(RuntimeError):
+                begin_anew(module)
+
+
+def refuse_around() -> None:
+    """Raise in the forward of a sharded module."""
+    if sharded_forwards():
+        raise LockstepError(
+            "lookahead inside the forward of a module under fully_shard, which gathers weights for one forward and one "
+            "backward behind it: call lookahead outside, with that module as its model"
+        )

@@ -14,7 +14,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.distributed import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
@@ -129,7 +129,41 @@ def test_fully_shard_has_a_hook_before_and_a_hook_behind_a_forward(group: None) 
     assert [torch_private.is_fully_sharded(m) for m in (model, *model)] == [True, True, True, False]
     for module, count in ((model, 1), (model[0], 1), (model[1], 1), (model[2], 0)):
         for hooks in torch_private.forward_hooks_of(module):
-            assert sum(map(torch_private.belongs_to_fully_shard, hooks.values())) == count
+            methods = [torch_private.method_of_fully_shard(hook) for hook in hooks.values()]
+            assert sum(method is not None for method in methods) == count
+
+
+def test_fsdp_looks_for_its_methods_where_gates_are_put(group: None) -> None:
+    model = nn.Linear(2, 2)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    register_fsdp_forward_method(model, "extra_repr")
+    seen: list[Any] = []
+    for hooks in torch_private.forward_hooks_of(model):
+        (method,) = [m for hook in hooks.values() if (m := torch_private.method_of_fully_shard(hook)) is not None]
+
+        def look(*values: Any, method: Any = method) -> Any:
+            seen.append(values)
+            return method(*values)
+
+        vars(method.__self__)[method.__name__] = look
+    text = model.extra_repr()
+    assert seen == [(model, (), {}), (model, (), text)]
+
+
+def test_the_sharded_modules_in_whose_forward_we_are(group: None) -> None:
+    seen: list[list[nn.Module]] = []
+
+    class Looks(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch_private.sharded_forwards())
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Sequential(Looks(2, 2)))
+    for module in (model[0][0], model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    assert torch_private.sharded_forwards() == []
+    model(torch.ones(1, 2))
+    assert seen == [[model[0][0], model]]
 
 
 def test_fsdp_begins_anew_after_a_forward_that_failed(group: None) -> None:
