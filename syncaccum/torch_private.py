@@ -208,12 +208,6 @@ def map_tensors(function: Callable[[Tensor], Tensor], values: Any) -> Any:
     return importlib.import_module("torch.distributed.utils")._apply_to_tensors(function, values)
 
 
-def begin_anew(module: nn.Module) -> None:
-    """Let FSDP forget a forward that failed; of the outermost module under fully_shard. From torch 2.13 on."""
-    if (reset := getattr(module, "reset_iter_state", None)) is not None:
-        reset()
-
-
 def compile_stance() -> Any:
     """What compiled functions do when they are called, in the whole process. Imports the compiler."""
     return importlib.import_module("torch._dynamo.eval_frame")._stance

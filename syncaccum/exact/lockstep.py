@@ -62,7 +62,8 @@ def lockstep(
 
     Args:
         model: what ``forward`` calls, with SyncAccumBatchNorm layers (their policy does not matter here). Pass the
-            DistributedDataParallel wrapper if there is one: its gradients come out as DDP's average over ranks.
+            DistributedDataParallel wrapper if there is one, or the root under ``fully_shard``: gradients come out as
+            their average over ranks.
         forward: called with each micro-batch, once, in order, but not to the end: it takes turns with the others.
             Returns anything. Must come to the same layers in the same order for each.
         micro_batches: this rank's part of the window.
@@ -74,9 +75,10 @@ def lockstep(
     Raises:
         LockstepError: no micro-batches; a lockstep inside another, inside ``join`` or under
             ``torch.utils.checkpoint``; a reentrant checkpoint around a layer, or any around parametrized weights;
-            layers that differ between micro-batches or ranks; DistributedDataParallel that was not passed as
-            ``model``, or that a lockstep in another thread goes through; a forward that comes to no layer of a
-            model in training, or returns a generator or a coroutine; fewer threads to be had than needed.
+            layers, or modules under ``fully_shard``, that differ between micro-batches or ranks;
+            DistributedDataParallel, or such a module around a layer, that was not passed as ``model``, or that a
+            lockstep in another thread goes through; a forward that comes to no layer of a model in training, or
+            returns a generator or a coroutine; fewer threads to be had than needed.
         TooFewValuesError: one value per channel in the whole global batch; a ValueError.
         NoLayersError: the model has no SyncAccumBatchNorm.
         ValueError: ``offload`` is neither None nor ``"cpu"``.

@@ -54,7 +54,8 @@ def lookahead(
     Args:
         model: what ``forward`` calls, with SyncAccumBatchNorm layers (their policy does not matter here). Pass the
             DistributedDataParallel wrapper if there is one: buffers are broadcast once, gradients are reduced in the
-            last micro-batch's backward. ``no_sync()`` is not needed.
+            last micro-batch's backward. ``no_sync()`` is not needed. Or pass the root under ``fully_shard``: all ranks
+            need equally many micro-batches then, and each backward reduces gradients.
         forward: called twice with each micro-batch, first under ``no_grad``. Must do the same both times. Random
             numbers are the same in both: those of torch, Python and NumPy, and of generators that are attributes of
             modules. Buffers and attributes of other modules are put back after the first pass.
@@ -66,9 +67,10 @@ def lookahead(
         What ``forward`` returns for each micro-batch, in order, to be walked backward before the next is taken.
 
     Raises:
-        LockstepError: no micro-batches; inside lockstep or ``join``; a result that was not walked backward before the
-            next was taken; layers that differ between micro-batches, ranks or passes; a forward whose values differ
-            between passes on any rank, when the iterator ends; a peer that gave up.
+        LockstepError: no micro-batches; inside lockstep or ``join``; unequal numbers of them under ``fully_shard``; a
+            result that was not walked backward before the next was taken; layers that differ between micro-batches,
+            ranks or passes; a forward whose values differ between passes on any rank, when the iterator ends; a peer
+            that gave up.
         TooFewValuesError: one value per channel in the whole global batch; a ValueError.
         NoLayersError: the model has no SyncAccumBatchNorm.
         ValueError: ``offload`` is neither None nor ``"cpu"``.

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from syncaccum.errors import LockstepError
 from syncaccum.torch_private import (
-    begin_anew,
     forward_hooks_of,
     is_fully_sharded,
     map_tensors,
@@ -221,14 +220,15 @@ _users: weakref.WeakKeyDictionary[nn.Module, Shards] = weakref.WeakKeyDictionary
 
 
 def start_over(modules: Iterable[nn.Module]) -> None:
-    """After a forward that failed, let FSDP be as before it: weights are given up. From torch 2.13 on."""
+    """After a forward that failed, let FSDP be as before it, where torch can: weights are given up."""
     sharded = [module for module in modules if is_fully_sharded(module)]
     inner = {m for module in sharded for m in module.modules() if m is not module}
     for module in sharded:
-        if module not in inner:
+        reset = getattr(module, "reset_iter_state", None)
+        if module not in inner and reset is not None:
             # Refused where it is not the outermost: that one fails, too.
             with suppress(RuntimeError):
-                begin_anew(module)
+                reset()
 
 
 def refuse_around() -> None:

@@ -15,7 +15,6 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
@@ -164,18 +163,6 @@ def test_the_sharded_modules_in_whose_forward_we_are(group: None) -> None:
     assert torch_private.sharded_forwards() == []
     model(torch.ones(1, 2))
     assert seen == [[model[0][0], model]]
-
-
-def test_fsdp_begins_anew_after_a_forward_that_failed(group: None) -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Hardtanh())
-    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(RuntimeError):
-        model(torch.ones(1, 3))
-    assert not isinstance(model[0].weight, DTensor)
-    torch_private.begin_anew(model)
-    assert isinstance(model[0].weight, DTensor)
-    model(torch.ones(1, 2)).sum().backward()
-    assert model[0].weight.grad is not None
 
 
 def test_tensors_are_mapped_wherever_a_forward_may_return_them() -> None:
