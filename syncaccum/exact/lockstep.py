@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType, FrameType
 from typing import Any, TypeVar
 
@@ -18,12 +18,13 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from syncaccum.errors import LockstepError
+from syncaccum.exact.apart import LEAD, Apart
 from syncaccum.exact.attendance import Attendance, refuse_unfinished
 from syncaccum.exact.bystanders import Bystanders
 from syncaccum.exact.checkpoints import Checkpoints, has_checkpoint
 from syncaccum.exact.ddp import Wrappers
 from syncaccum.exact.meeting_point import MeetingPoint, Mode, make_arrival
-from syncaccum.exact.offload import HostStore
+from syncaccum.exact.offload import HostStore, WaitingRoom, shared_tensors
 from syncaccum.exact.openmp import Teams
 from syncaccum.exact.parametrizations import SharedWeights
 from syncaccum.exact.process_state import Eager, run_under
@@ -109,7 +110,13 @@ def lockstep(
     _refuse_around()
     checkpoints = Checkpoints()
     mode = Mode("lockstep", checkpoints.meet, make_arrival, _refuse_reentrant, lambda index: None)
-    with HostStore().hooks() if offload else nullcontext():
+    hooks: AbstractContextManager[Any] = nullcontext()
+    if offload:
+        store = HostStore()
+        hooks = store.hooks()
+        apart = Apart(store, WaitingRoom(shared_tensors(model, batches), store), checkpoints.meet)
+        mode = replace(mode, normalize=apart.meet, make_arrival=apart.arrive, lead=LEAD)
+    with hooks:
         results, meeting = run_side_by_side(mode, model, forward, batches)
     meeting.keep_statistics()
     checkpoints.await_backward()

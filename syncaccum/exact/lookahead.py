@@ -18,14 +18,14 @@ from syncaccum.exact.known import Record
 from syncaccum.exact.lockstep import refuse_call, run_side_by_side
 from syncaccum.exact.meeting_point import MeetingPoint, Mode
 from syncaccum.exact.module_states import ModuleStates
-from syncaccum.exact.offload import WaitingRoom, stay
+from syncaccum.exact.offload import WaitingRoom, shared_tensors, stay
 from syncaccum.exact.process_state import Eager, run_under
 from syncaccum.exact.second_pass import SecondPass
 from syncaccum.exact.shards import refuse_around, start_over
 from syncaccum.exact.streams import Streams
 from syncaccum.exact.thread_state import NoGraph
 from syncaccum.layer import surroundings
-from syncaccum.torch_private import is_fully_sharded, tensors_in, version_of
+from syncaccum.torch_private import is_fully_sharded, version_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -96,13 +96,7 @@ def lookahead(
     """
     batches = list(micro_batches)
     refuse_call("lookahead", len(batches), offload)
-    return _walk(model, forward, batches, _shared_tensors(model, batches) if offload else None)
-
-
-def _shared_tensors(model: nn.Module, batches: Sequence[object]) -> list[Tensor]:
-    """Tensors that several micro-batches may hold."""
-    attributes = (value for module in model.modules() for value in vars(module).values())
-    return [*model.parameters(), *model.buffers(), *tensors_in(list(attributes)), *tensors_in(batches)]
+    return _walk(model, forward, batches, shared_tensors(model, batches) if offload else None)
 
 
 def _walk(

@@ -95,6 +95,8 @@ class Mode:
         make_arrival: of layer, x, weight, bias, eps and whether it counts; called in the micro-batch's thread.
         check_layer: called with a layer's name at each meeting; may raise.
         begin_turn: called with the index of a micro-batch whenever it goes on, in its thread; may raise.
+        lead: by how many autograd nodes each is ahead of the next one. A backward walks those with the highest numbers
+            first: with a lead it walks one micro-batch from layer to layer, and then the next.
     """
 
     call: str
@@ -102,6 +104,7 @@ class Mode:
     make_arrival: Callable[[Accumulating, Tensor, Tensor | None, Tensor | None, float, bool], Arrival]
     check_layer: Callable[[str], None]
     begin_turn: Callable[[int], None]
+    lead: int = 0
 
 
 class MeetingPoint:
@@ -168,7 +171,7 @@ class MeetingPoint:
         # Nodes are numbered by thread. A backward walks those with the highest numbers first.
         # What comes after a meeting must come before it there, with any number of micro-batches:
         # else ranks with other numbers would meet in another order.
-        while count_node() < self._nodes:
+        while count_node() < self._nodes + self._mode.lead * (self._size - 1 - index):
             pass
         return self._take(index)
 
