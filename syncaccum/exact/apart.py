@@ -71,7 +71,7 @@ class Apart:
         arrival = make_arrival(layer, x, weight, bias, eps, counts)
         x = arrival.x
         # A checkpoint keeps no inputs, and has nodes of its own.
-        if len(arrival.hooks) != 1 or not self._room.takes(x):
+        if len(arrival.hooks) != 1 or not self._store.takes(x):
             return arrival
         with torch.no_grad():
             # Not a float32 copy of the values: all would wait with theirs.

@@ -197,7 +197,7 @@ class WaitingRoom:
 
     def park(self, x: Tensor) -> Callable[[], None]:
         """Send a tensor to the host; what is returned brings it back."""
-        if not self.takes(x):
+        if not self._is_to_go(x):
             return _do_nothing
         parked = self._store.keep(x)
         x.data = x.new_empty(0)
@@ -208,8 +208,7 @@ class WaitingRoom:
 
         return bring_back
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether it would send this one."""
+    def _is_to_go(self, x: Tensor) -> bool:
         return self._store.takes(x) and type(x) is Tensor and not x.is_inference() and id(x) not in self._shared
 
 
