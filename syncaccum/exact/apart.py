@@ -94,6 +94,8 @@ class Apart:
         first = waiting[0]
         steps = Steps(meeting.norm, first.weight, first.bias, meeting.vectors)
         tokens = _Meet.apply(steps, meeting.reduce_sums, first.weight, first.bias, *(one.token for one in waiting))  # type: ignore[no-untyped-call]
+        # Not the meeting: it holds all inputs.
+        center = meeting.norm.center
         is_far = any(m.origin is not None for m in meeting.measured)
 
         def take(index: int) -> Tensor:
@@ -101,7 +103,7 @@ class Apart:
             one, waiting[index] = waiting[index], None
             one.bring_back()
             one.way.steps = steps
-            measured = measured_before(one.x.detach(), meeting.norm.center, is_far=is_far)
+            measured = measured_before(one.x.detach(), center, is_far=is_far)
             y: Tensor = _Depart.apply(one.way, measured, one.x.detach(), tokens[index])  # type: ignore[no-untyped-call]
             return y
 

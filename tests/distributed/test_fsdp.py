@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from syncaccum import commit, convert_sync_accum, lockstep, lookahead
 from tests.distributed.test_lockstep import Fork, loss_of
 from tests.ranks import Rank, on_ranks
+from tests.unit.test_offload import DeviceStore
 
 SIZES = {1: [[3, 4, 2]], 2: [[3, 0, 2], [4]], 3: [[2], [3, 1, 0], [1, 2]], 4: [[2, 1], [3], [1, 1, 1], [2]]}
 """Images of each micro-batch, by rank: unequal numbers of them, and of unequal sizes."""
@@ -104,14 +107,18 @@ def assert_gradients(model: nn.Module, expected: Sequence[Tensor | None]) -> Non
 
 
 def check_lockstep(
-    model: nn.Module, reference: nn.Module, rank: Rank, run: Callable[[Tensor], Tensor] | None = None
+    model: nn.Module,
+    reference: nn.Module,
+    rank: Rank,
+    run: Callable[[Tensor], Tensor] | None = None,
+    offload: str | None = None,
 ) -> None:
     """Two steps against nn.BatchNorm on the global batch."""
     for step in range(2):
         whole, parts = window(step, SIZES[rank.size], rank)
         model.zero_grad()
         reference.zero_grad()
-        losses = lockstep(model, lambda x: loss_of((run or model)(x)), parts)
+        losses = lockstep(model, lambda x: loss_of((run or model)(x)), parts, offload=offload)
         # FSDP averages over the ranks; the reference sums.
         (torch.stack(losses).sum() * rank.size).backward()
         loss_of(reference(whole)).backward()
@@ -154,6 +161,15 @@ def test_gradients_are_the_large_batchs_where_weights_are_replicated_and_sharded
 def test_blocks_under_a_checkpoint_are_gathered_again(rank: Rank) -> None:
     model, reference = build(Checkpointed)
     check_lockstep(shard(model, "blocks"), reference, rank)
+
+
+@on_ranks(2)
+def test_with_offload_weights_stay_and_activations_wait_outside(rank: Rank) -> None:
+    model, reference = build()
+    with patch.object(sys.modules["syncaccum.exact.lockstep"], "HostStore", DeviceStore):
+        check_lockstep(shard(model, "blocks"), reference, rank, offload="cpu")
+    assert all(store.parked for store in DeviceStore.made)
+    DeviceStore.made.clear()
 
 
 @on_ranks(2)

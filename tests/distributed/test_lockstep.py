@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable
+from copy import deepcopy
 from unittest.mock import patch
 
 import pytest
@@ -25,6 +27,7 @@ from syncaccum import (
     lockstep,
 )
 from tests.ranks import Rank, on_ranks
+from tests.unit.test_offload import DeviceStore
 
 # Images of each micro-batch, by rank: unequal numbers of them, of unequal sizes, one of them empty.
 SPLITS = {1: [[3, 4, 2]], 2: [[3, 0, 2], [4, 1]], 3: [[2], [3, 1, 0], [1, 2]]}
@@ -286,3 +289,22 @@ def test_ranks_with_one_and_with_many_micro_batches_walk_backward_in_one_order(r
     xs = list(torch.randn(8, 2, 4, 4, dtype=torch.float64).split([8, 2][rank.index]))
     torch.stack(lockstep(model, lambda x: loss_of(model(x)), xs)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@on_ranks(2)
+def test_with_offload_gradients_are_the_large_batchs_on_ranks_with_other_numbers(rank: Rank) -> None:
+    torch.manual_seed(0)
+    reference = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), Fork(), Fork()).double()
+    model = convert_sync_accum(deepcopy(reference))
+    whole = torch.randn(8, 2, 4, 4, dtype=torch.float64)
+    mine = whole.split(4)[rank.index]
+    # By module: the package has a function of that name, too.
+    with patch.object(sys.modules["syncaccum.exact.lockstep"], "HostStore", DeviceStore):
+        losses = lockstep(model, lambda x: loss_of(model(x)), mine.split([4, 1][rank.index]), offload="cpu")
+    assert DeviceStore.made.pop().parked
+    torch.stack(losses).sum().backward()
+    loss_of(reference(whole)).backward()
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        dist.all_reduce(p.grad)
+        # A bias before BatchNorm has a gradient that is zero by algebra.
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-12 * max(1.0, float(q.grad.abs().max())))
