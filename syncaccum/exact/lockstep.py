@@ -68,7 +68,9 @@ def lockstep(
         forward: called with each micro-batch, once, in order, but not to the end: it takes turns with the others.
             Returns anything. Must come to the same layers in the same order for each.
         micro_batches: this rank's part of the window.
-        offload: ``"cpu"`` lets saved activations wait for the backward in pinned host memory.
+        offload: ``"cpu"`` lets saved activations wait for the backward in pinned host memory, and at each layer the
+            inputs of all micro-batches and their gradients. What else a waiting forward holds, such as the input of a
+            residual block, stays on the device, as do inputs of a layer that are part of ``micro_batches``.
 
     Returns:
         What ``forward`` returned for each micro-batch, in order.
