@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -21,58 +22,65 @@ from syncaccum.torch_private import tensors_in, version_of
 
 
 class Lane:
-    """A stream of its own for copies between a device and the host, so that the device computes meanwhile.
+    """Copies between a device and the host on a stream of their own, so that the device computes meanwhile.
 
     Args:
-        streams: what makes streams, as torch.cuda.
+        streams: what enters a stream, as torch.cuda does.
+        own: the copies' stream, one for a device: a tensor has gone before it comes back.
+        current: the stream that computes.
     """
 
-    def __init__(self, streams: Any, device: torch.device) -> None:
+    def __init__(self, streams: Any, own: Any, current: Any) -> None:
         self._streams = streams
-        self._device = device
-        self._stream = streams.Stream(device)
+        self._own = own
+        self._current = current
+        self._lock = threading.Lock()
         self._going: collections.deque[tuple[Tensor, Any]] = collections.deque()
 
     def send(self, tensor: Tensor, host: Tensor) -> None:
         """Copy to pinned memory."""
-        current = self._streams.current_stream(self._device)
         # Not before the values are there.
-        self._stream.wait_stream(current)
-        with self._streams.stream(self._stream):
+        self._own.wait_stream(self._current)
+        with self._streams.stream(self._own):
             host.copy_(tensor, non_blocking=True)
-        self._going.append((tensor.detach(), self._stream.record_event()))
+        self._going.append((tensor.detach(), self._own.record_event()))
         # Then its memory is given up in the order of the current stream:
         # the next tensor has it at once, and the host need not look.
-        self._let_go(current, 1)
+        self._let_go(1)
 
-    def fetch(self, host: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    def fetch(self, host: Tensor, device: torch.device) -> tuple[Tensor, Callable[[], None]]:
         """Begin to copy from pinned memory; the tensor, and what has the current stream wait until it is there."""
-        current = self._streams.current_stream(self._device)
-        self._let_go(current, 0)
-        tensor = torch.empty_like(host, device=self._device)
+        self._let_go(0)
+        tensor = torch.empty_like(host, device=device)
         # Its memory may still be in use there.
-        self._stream.wait_stream(current)
-        with self._streams.stream(self._stream):
+        self._own.wait_stream(self._current)
+        with self._streams.stream(self._own):
             tensor.copy_(host, non_blocking=True)
         # Nobody may take it: then it is given up while on its way.
-        tensor.record_stream(self._stream)
-        event = self._stream.record_event()
-        return tensor, lambda: self._streams.current_stream(self._device).wait_event(event)
+        tensor.record_stream(self._own)
+        event = self._own.record_event()
+        return tensor, lambda: self._current.wait_event(event)
 
-    def _let_go(self, current: Any, keep: int) -> None:
-        while len(self._going) > keep:
-            _, event = self._going.popleft()
-            current.wait_event(event)
+    def _let_go(self, keep: int) -> None:
+        with self._lock:
+            while len(self._going) > keep:
+                _, event = self._going.popleft()
+                self._current.wait_event(event)
 
 
 def _lane_of(device: torch.device) -> Lane | None:
-    """The lane of a device; None where copies are made in the order of its other work."""
-    return _cuda_lane(device) if device.type == "cuda" else None
+    """The lane beside a device's current stream; None where copies are made in the order of its other work."""
+    return _lane_beside(torch.cuda.current_stream(device)) if device.type == "cuda" else None
 
 
-@functools.lru_cache
-def _cuda_lane(device: torch.device) -> Lane:
-    return Lane(torch.cuda, device)
+@functools.cache
+def _lane_beside(current: torch.cuda.Stream) -> Lane:
+    return Lane(torch.cuda, _copy_stream(current.device), current)
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @dataclass(eq=False)
@@ -97,7 +105,9 @@ class Parked:
 
     def _fetch(self) -> tuple[Tensor, Callable[[], None]]:
         lane = _lane_of(self.device)
-        return (self.host.to(self.device, non_blocking=True), _do_nothing) if lane is None else lane.fetch(self.host)
+        if lane is None:
+            return self.host.to(self.device, non_blocking=True), _do_nothing
+        return lane.fetch(self.host, self.device)
 
     def take(self) -> Tensor:
         """The tensor, on its device. The host keeps its copy, because a graph may be walked again."""
