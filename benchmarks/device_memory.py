@@ -8,7 +8,7 @@ that NumPy owns, which does not count; what comes back is a new tensor, which do
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -77,32 +77,22 @@ def parking_outside() -> Iterator[None]:
         yield
 
 
-class _OutsideRoom(WaitingRoom):
-    def park(self, x: Tensor) -> Callable[[], None]:
-        if id(x) in self._shared:
-            return lambda: None
-        host = _copy_outside(x)
-        x.data = x.new_empty(0)
-
-        def bring_back() -> None:
-            x.data = host.clone()
-
-        return bring_back
+class _OutsideParked(Parked):
+    def _fetch(self) -> tuple[Tensor, Callable[[], None]]:
+        return self.host.clone(), lambda: None
 
 
 class _OutsideStore(HostStore):
-    def _pack(self, tensor: Tensor) -> Tensor | Parked:
-        if tensor.is_leaf and tensor.requires_grad:
-            return tensor
-        parked = _OutsideParked(_copy_outside(tensor), tensor.device, self._last)
-        self._last = weakref.ref(parked)
-        return parked
+    def takes(self, tensor: Tensor) -> bool:
+        return True
+
+    def _copy(self, tensor: Tensor) -> Parked:
+        return _OutsideParked(_copy_outside(tensor), tensor.device)
 
 
-class _OutsideParked(Parked):
-    def begin_return(self) -> None:
-        if self.returning is None:
-            self.returning = self.host.clone()
+class _OutsideRoom(WaitingRoom):
+    def __init__(self, shared: Iterable[Tensor], store: HostStore | None = None) -> None:
+        super().__init__(shared, _OutsideStore() if store is None else store)
 
 
 def _copy_outside(tensor: Tensor) -> Tensor:

@@ -134,6 +134,14 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def count_node() -> int:
+    """Make an autograd node, and say how many this thread has made before. Of two, a backward walks the later first."""
+    # Of all nodes the one that needs nothing.
+    node: Any = torch._C._functions.DelayedError("", 1)
+    number: int = node._sequence_nr()
+    return number
+
+
 def ddp_in_forward() -> DistributedDataParallel | None:
     """The DistributedDataParallel whose forward this process is in; None outside."""
     return DistributedDataParallel._active_ddp_module
@@ -160,6 +168,44 @@ def prepare_for_backward(ddp: DistributedDataParallel, outputs: Sequence[Tensor]
 def rebuild_buckets(ddp: DistributedDataParallel) -> None:
     """Let DDP sort its buckets anew now, if it has a mind to: else it does in its next forward. Collective then."""
     ddp.reducer._rebuild_buckets()
+
+
+def forward_hooks_of(module: nn.Module) -> tuple[dict[int, Callable[..., Any]], dict[int, Callable[..., Any]]]:
+    """What a module calls before its forward, and behind it, by the ids of their handles."""
+    return module._forward_pre_hooks, module._forward_hooks
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether fully_shard was called with this module."""
+    # A public name; where nobody imported it, nothing is sharded.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def method_of_fully_shard(hook: Callable[..., Any]) -> Any:
+    """The method of FSDP's state that a hook of a module's forward is, or calls; None where it is no hook of FSDP's."""
+    states = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state")
+    # Hooks of a group of modules are functions around the method.
+    while not hasattr(hook, "__self__") and hasattr(hook, "__wrapped__"):
+        hook = hook.__wrapped__
+    is_theirs = states is not None and isinstance(getattr(hook, "__self__", None), states.FSDPState)
+    return hook if is_theirs else None
+
+
+def sharded_forwards() -> list[nn.Module]:
+    """The modules under fully_shard whose forward this code runs in, innermost first."""
+    found = []
+    frame = sys._getframe() if "torch.distributed.fsdp" in sys.modules else None
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and is_fully_sharded(module := frame.f_locals["self"]):
+            found.append(module)
+        frame = frame.f_back
+    return found
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], values: Any) -> Any:
+    """Values with each tensor in their tuples, lists, dicts and dataclasses replaced, as FSDP itself does."""
+    return importlib.import_module("torch.distributed.utils")._apply_to_tensors(function, values)
 
 
 def compile_stance() -> Any:

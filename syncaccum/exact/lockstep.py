@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from types import CodeType, FrameType
 from typing import Any, TypeVar
 
@@ -18,20 +18,22 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from syncaccum.errors import LockstepError
+from syncaccum.exact.apart import LEAD, Apart
 from syncaccum.exact.attendance import Attendance, refuse_unfinished
 from syncaccum.exact.bystanders import Bystanders
 from syncaccum.exact.checkpoints import Checkpoints, has_checkpoint
 from syncaccum.exact.ddp import Wrappers
 from syncaccum.exact.meeting_point import MeetingPoint, Mode, make_arrival
-from syncaccum.exact.offload import HostStore
+from syncaccum.exact.offload import HostStore, WaitingRoom, shared_tensors
 from syncaccum.exact.openmp import Teams
 from syncaccum.exact.parametrizations import SharedWeights
 from syncaccum.exact.process_state import Eager, run_under
+from syncaccum.exact.shards import Gate, Shards
 from syncaccum.exact.streams import Asides
 from syncaccum.exact.turns import Turns
 from syncaccum.layer import surroundings
 from syncaccum.layer.state import Accumulating
-from syncaccum.torch_private import without_dispatch_modes
+from syncaccum.torch_private import all_saved_tensor_hooks, without_dispatch_modes
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -61,11 +63,14 @@ def lockstep(
 
     Args:
         model: what ``forward`` calls, with SyncAccumBatchNorm layers (their policy does not matter here). Pass the
-            DistributedDataParallel wrapper if there is one: its gradients come out as DDP's average over ranks.
+            DistributedDataParallel wrapper if there is one, or the root under ``fully_shard``: gradients come out as
+            their average over ranks.
         forward: called with each micro-batch, once, in order, but not to the end: it takes turns with the others.
             Returns anything. Must come to the same layers in the same order for each.
         micro_batches: this rank's part of the window.
-        offload: ``"cpu"`` lets saved activations wait for the backward in pinned host memory.
+        offload: ``"cpu"`` lets saved activations wait for the backward in pinned host memory, and at each layer the
+            inputs of all micro-batches and their gradients. What else a waiting forward holds, such as the input of a
+            residual block, stays on the device, as do inputs of a layer that are part of ``micro_batches``.
 
     Returns:
         What ``forward`` returned for each micro-batch, in order.
@@ -73,9 +78,10 @@ def lockstep(
     Raises:
         LockstepError: no micro-batches; a lockstep inside another, inside ``join`` or under
             ``torch.utils.checkpoint``; a reentrant checkpoint around a layer, or any around parametrized weights;
-            layers that differ between micro-batches or ranks; DistributedDataParallel that was not passed as
-            ``model``, or that a lockstep in another thread goes through; a forward that comes to no layer of a
-            model in training, or returns a generator or a coroutine; fewer threads to be had than needed.
+            layers, or modules under ``fully_shard``, that differ between micro-batches or ranks;
+            DistributedDataParallel, or such a module around a layer, that was not passed as ``model``, or that a
+            lockstep in another thread goes through; a forward that comes to no layer of a model in training, or
+            returns a generator or a coroutine; fewer threads to be had than needed.
         TooFewValuesError: one value per channel in the whole global batch; a ValueError.
         NoLayersError: the model has no SyncAccumBatchNorm.
         ValueError: ``offload`` is neither None nor ``"cpu"``.
@@ -106,7 +112,13 @@ def lockstep(
     _refuse_around()
     checkpoints = Checkpoints()
     mode = Mode("lockstep", checkpoints.meet, make_arrival, _refuse_reentrant, lambda index: None)
-    with HostStore().hooks() if offload else nullcontext():
+    hooks: AbstractContextManager[Any] = nullcontext()
+    if offload:
+        store = HostStore()
+        hooks = store.hooks()
+        apart = Apart(store, WaitingRoom(shared_tensors(model, batches), store), checkpoints.meet)
+        mode = replace(mode, normalize=apart.meet, make_arrival=apart.arrive, lead=LEAD)
+    with hooks:
         results, meeting = run_side_by_side(mode, model, forward, batches)
     meeting.keep_statistics()
     checkpoints.await_backward()
@@ -138,10 +150,12 @@ def run_side_by_side(
     attendance = Attendance(model, mode.call)
     teams = Teams(model, len(batches))
     asides = Asides(model)
+    shards = Shards(model, mode.call)
 
     def check_surroundings(layer: Accumulating, name: str) -> None:
         mode.check_layer(name)
         wrappers.refuse_others(layer)
+        shards.refuse_others(name)
 
     def begin_turn(index: int) -> None:
         wrappers.begin_turn(index)
@@ -154,20 +168,21 @@ def run_side_by_side(
     results: list[Any] = [None] * len(batches)
 
     def run(index: int) -> None:
-        here = surroundings.TakingPart(_Participant(index, mode, meeting, turns, teams, asides))
+        participant = _Participant(index, mode, meeting, turns, teams, asides)
 
         def run_one() -> None:
-            with weights.for_one():
+            with weights.for_one(), shards.for_one(participant.pass_gate):
                 results[index] = refuse_unfinished(forward(batches[index]))
 
-        run_under([here], run_one)
+        run_under([surroundings.TakingPart(participant)], run_one)
         teams.release()
 
     def run_all() -> None:
         turns.run(run)
         wrappers.end()
+        shards.end()
 
-    run_under([teams, Eager(), weights, attendance, asides, wrappers], run_all)
+    run_under([teams, Eager(), weights, attendance, asides, wrappers, shards], run_all)
     # It ran well. Was it exact? Only then the windows may change.
     bystanders.end_turn()
     attendance.check(met=meeting.anyone_met)
@@ -191,14 +206,30 @@ class _Participant:
     ) -> Tensor:
         arrival = self.mode.make_arrival(layer, x, weight, bias, eps, counts)
         is_repeated = has_checkpoint(arrival.hooks)
-        # A selective one counts operators, to know them again.
-        with without_dispatch_modes() if is_repeated else nullcontext():
+        with _unseen(is_repeated):
             self.meeting.arrive(self.index, arrival)
         del arrival  # the meeting alone holds it
+        y: Tensor = self._wait(is_repeated)
+        return y
+
+    def pass_gate(self, gate: Gate, value: Any) -> Any:
+        """What a gate gives for what this micro-batch comes with, once all have come. Collective."""
+        is_repeated = torch.is_grad_enabled() and has_checkpoint(all_saved_tensor_hooks())
+        with _unseen(is_repeated):
+            self.meeting.arrive_at_gate(self.index, gate, value)
+        del value
+        return self._wait(is_repeated)
+
+    def _wait(self, is_repeated: bool) -> Any:
         self.teams.release()
         with self.asides.while_waiting() if is_repeated else nullcontext():
             self.turns.give_way(self.index)
-        return self.meeting.take_output(self.index)
+        return self.meeting.take(self.index)
+
+
+def _unseen(is_repeated: bool) -> AbstractContextManager[Any]:
+    """Where micro-batches meet. A selective checkpoint counts operators, to know them again: these it does not see."""
+    return without_dispatch_modes() if is_repeated else nullcontext()
 
 
 def _refuse_around() -> None:

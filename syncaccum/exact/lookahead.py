@@ -18,13 +18,14 @@ from syncaccum.exact.known import Record
 from syncaccum.exact.lockstep import refuse_call, run_side_by_side
 from syncaccum.exact.meeting_point import MeetingPoint, Mode
 from syncaccum.exact.module_states import ModuleStates
-from syncaccum.exact.offload import WaitingRoom, stay
+from syncaccum.exact.offload import WaitingRoom, shared_tensors, stay
 from syncaccum.exact.process_state import Eager, run_under
 from syncaccum.exact.second_pass import SecondPass
+from syncaccum.exact.shards import refuse_around, start_over
 from syncaccum.exact.streams import Streams
 from syncaccum.exact.thread_state import NoGraph
 from syncaccum.layer import surroundings
-from syncaccum.torch_private import tensors_in, version_of
+from syncaccum.torch_private import is_fully_sharded, version_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -53,7 +54,8 @@ def lookahead(
     Args:
         model: what ``forward`` calls, with SyncAccumBatchNorm layers (their policy does not matter here). Pass the
             DistributedDataParallel wrapper if there is one: buffers are broadcast once, gradients are reduced in the
-            last micro-batch's backward. ``no_sync()`` is not needed.
+            last micro-batch's backward. ``no_sync()`` is not needed. Or pass the root under ``fully_shard``: all ranks
+            need equally many micro-batches then, and each backward reduces gradients.
         forward: called twice with each micro-batch, first under ``no_grad``. Must do the same both times. Random
             numbers are the same in both: those of torch, Python and NumPy, and of generators that are attributes of
             modules. Buffers and attributes of other modules are put back after the first pass.
@@ -65,9 +67,10 @@ def lookahead(
         What ``forward`` returns for each micro-batch, in order, to be walked backward before the next is taken.
 
     Raises:
-        LockstepError: no micro-batches; inside lockstep or ``join``; a result that was not walked backward before the
-            next was taken; layers that differ between micro-batches, ranks or passes; a forward whose values differ
-            between passes on any rank, when the iterator ends; a peer that gave up.
+        LockstepError: no micro-batches; inside lockstep or ``join``; unequal numbers of them under ``fully_shard``; a
+            result that was not walked backward before the next was taken; layers that differ between micro-batches,
+            ranks or passes; a forward whose values differ between passes on any rank, when the iterator ends; a peer
+            that gave up.
         TooFewValuesError: one value per channel in the whole global batch; a ValueError.
         NoLayersError: the model has no SyncAccumBatchNorm.
         ValueError: ``offload`` is neither None nor ``"cpu"``.
@@ -93,13 +96,7 @@ def lookahead(
     """
     batches = list(micro_batches)
     refuse_call("lookahead", len(batches), offload)
-    return _walk(model, forward, batches, _shared_tensors(model, batches) if offload else None)
-
-
-def _shared_tensors(model: nn.Module, batches: Sequence[object]) -> list[Tensor]:
-    """Tensors that several micro-batches may hold."""
-    attributes = (value for module in model.modules() for value in vars(module).values())
-    return [*model.parameters(), *model.buffers(), *tensors_in(list(attributes)), *tensors_in(batches)]
+    return _walk(model, forward, batches, shared_tensors(model, batches) if offload else None)
 
 
 def _walk(
@@ -112,6 +109,7 @@ def _walk(
 
     def run_first() -> MeetingPoint:
         wrappers.refuse_around()
+        refuse_around()
         return run_side_by_side(mode, model, forward, batches)[1]
 
     meeting = run_under([states, streams, NoGraph()], run_first)
@@ -119,7 +117,8 @@ def _walk(
     eager = Eager()
     # Weights cast under no_grad would have no gradient.
     torch.clear_autocast_cache()
-    second = SecondPass(record.visits, len(batches), meeting.exchange_of)
+    is_sharded = any(is_fully_sharded(module) for module in model.modules())
+    second = SecondPass(record.visits, len(batches), meeting.exchange_of, in_step=is_sharded)
     surroundings.recompute_by([visit.layer for visit in record.visits], second)
     windows = _Windows(meeting)
     wrappers.prepare_to_go_alone()
@@ -130,7 +129,7 @@ def _walk(
             second.begin(index)
             result = _run_alone(forward, batch, second, wrappers, streams, states)
             second.end_forward()
-            if second.is_last and wrappers.reduce_in_backward:
+            if is_sharded or (second.is_last and wrappers.reduce_in_backward):
                 second.begin_reduction()
             yield result
             # Gone before the next one needs memory.
@@ -140,6 +139,8 @@ def _walk(
     except BaseException as error:
         eager.leave()
         surroundings.stop_recomputing(second)
+        if is_sharded and not isinstance(error, GeneratorExit):
+            start_over(model.modules())
         # The user's loop was left. After the last result, all is well.
         is_well = isinstance(error, GeneratorExit) and second.is_complete
         try:

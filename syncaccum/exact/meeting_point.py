@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from syncaccum.errors import LockstepError
 from syncaccum.exact.exchange import Exchange
+from syncaccum.exact.shards import Gate
 from syncaccum.layer import fused
 from syncaccum.layer.accumulate import accumulate_together
 from syncaccum.layer.gpu import Vectors
@@ -22,7 +23,7 @@ from syncaccum.layer.policies import Normalizer, ReduceSums
 from syncaccum.layer.state import Accumulating
 from syncaccum.moments import pack_statistics
 from syncaccum.ranks.groups import Group, resolve_group
-from syncaccum.torch_private import Hooks, all_saved_tensor_hooks
+from syncaccum.torch_private import Hooks, all_saved_tensor_hooks, count_node
 from syncaccum.window.layers import named_layers
 
 
@@ -94,6 +95,8 @@ class Mode:
         make_arrival: of layer, x, weight, bias, eps and whether it counts; called in the micro-batch's thread.
         check_layer: called with a layer's name at each meeting; may raise.
         begin_turn: called with the index of a micro-batch whenever it goes on, in its thread; may raise.
+        lead: by how many autograd nodes each is ahead of the next one. A backward walks those with the highest numbers
+            first: with a lead it walks one micro-batch from layer to layer, and then the next.
     """
 
     call: str
@@ -101,6 +104,7 @@ class Mode:
     make_arrival: Callable[[Accumulating, Tensor, Tensor | None, Tensor | None, float, bool], Arrival]
     check_layer: Callable[[str], None]
     begin_turn: Callable[[int], None]
+    lead: int = 0
 
 
 class MeetingPoint:
@@ -125,40 +129,57 @@ class MeetingPoint:
         self._check_surroundings = check_surroundings
         self._mode = mode
         self._size = size
-        self._arrivals: list[Arrival] = []
+        self._waiting: list[Any] = []
+        self._place: object = None
+        self._place_name = ""
         self._anyone_finished = False
         self._exchanges: dict[Group, Exchange] = {}
         self.statistics: dict[Accumulating, Tensor] = {}
         """By layer, what all micro-batches of this rank add to its window."""
         self.anyone_met = False
-        self._take_output: Callable[[int], Tensor] | None = None
+        self._take: Callable[[int], Any] | None = None
+        self._nodes = 0
 
     def arrive(self, index: int, arrival: Arrival) -> None:
         """A micro-batch has come to a layer. The last one to come computes for all; then collective."""
         name = self._name(arrival.layer)
-        if self._anyone_finished:
-            raise LockstepError(f"micro-batch {index} meets layer {name}, but another has finished without")
-        if self._arrivals and self._arrivals[0].layer is not arrival.layer:
-            waiting = self._name(self._arrivals[0].layer)
-            raise LockstepError(f"micro-batch {index} meets layer {name}, but the others wait for it at {waiting}")
-        if not self._arrivals:
+        if not self._waiting:
             self._check_surroundings(arrival.layer, name)
-        self._arrivals.append(arrival)
-        if len(self._arrivals) == self._size:
-            arrivals, self._arrivals = self._arrivals, []
-            self._take_output = self._meet(name, arrivals)
+        self._wait(index, arrival.layer, f"layer {name}", arrival, partial(self._meet, name))
 
-    def take_output(self, index: int) -> Tensor:
-        """What comes out of the last meeting for one micro-batch, on its turn."""
-        assert self._take_output is not None  # it has met the others
-        return self._take_output(index)
+    def arrive_at_gate(self, index: int, gate: Gate, value: Any) -> None:
+        """A micro-batch has come to a gate. The last one to come opens it."""
+        self._wait(index, gate, gate.name, (torch.is_grad_enabled(), value), gate.open)
+
+    def _wait(
+        self, index: int, place: object, name: str, arrival: Any, meet: Callable[[list[Any]], Callable[[int], Any]]
+    ) -> None:
+        if self._anyone_finished:
+            raise LockstepError(f"micro-batch {index} meets {name}, but another has finished without")
+        if self._waiting and self._place is not place:
+            raise LockstepError(f"micro-batch {index} meets {name}, but the others wait for it at {self._place_name}")
+        self._place, self._place_name = place, name
+        self._waiting.append(arrival)
+        if len(self._waiting) == self._size:
+            waiting, self._waiting = self._waiting, []
+            self._take = meet(waiting)
+            self._nodes = count_node()
+
+    def take(self, index: int) -> Any:
+        """What comes out of the last meeting for one micro-batch, on its turn and in its thread."""
+        assert self._take is not None  # it has met the others
+        # Nodes are numbered by thread. A backward walks those with the highest numbers first.
+        # What comes after a meeting must come before it there, with any number of micro-batches:
+        # else ranks with other numbers would meet in another order.
+        while count_node() < self._nodes + self._mode.lead * (self._size - 1 - index):
+            pass
+        return self._take(index)
 
     def check_finish(self, index: int) -> None:
         """A micro-batch has been through the whole forward."""
         self._anyone_finished = True
-        if self._arrivals:
-            waiting = self._name(self._arrivals[0].layer)
-            raise LockstepError(f"micro-batch {index} has finished, but the others wait for it at layer {waiting}")
+        if self._waiting:
+            raise LockstepError(f"micro-batch {index} has finished, but the others wait for it at {self._place_name}")
 
     def keep_statistics(self) -> None:
         """Add what the layers have seen to their windows, now that every micro-batch came through."""

@@ -24,27 +24,48 @@ class SecondPass:
         visits: of the first pass, in order.
         count: of this rank's micro-batches.
         exchange_of: the collectives over a layer's group.
+        in_step: whether forwards and backwards communicate, too. Then nothing of ours is on its way meanwhile.
     """
 
     def __init__(
-        self, visits: Sequence[KnownVisit], count: int, exchange_of: Callable[[Accumulating], Exchange]
+        self,
+        visits: Sequence[KnownVisit],
+        count: int,
+        exchange_of: Callable[[Accumulating], Exchange],
+        *,
+        in_step: bool = False,
     ) -> None:
         self._visits = visits
         self._count = count
+        self._in_step = in_step
         totals = _read([visit.total for visit in visits])
         self._accounts = [Account(visit, total) for visit, total in zip(visits, totals, strict=True)]
         groups: dict[Exchange, list[Account]] = {}
         for visit, account in zip(visits, self._accounts, strict=True):
             groups.setdefault(exchange_of(visit.layer), []).append(account)
         self._rounds = [Rounds(exchange, accounts, count) for exchange, accounts in groups.items()]
+        if in_step:
+            self._refuse_unequal()
         self.index = 0
         """Of the micro-batch that runs."""
         self._position = 0
         self._wanted = self._walked = 0
         self._drift = [visit.norm.center.new_zeros(()) for visit in visits]
 
+    def _refuse_unequal(self) -> None:
+        """Raise on all ranks where one has fewer micro-batches: the others' forwards would wait for it."""
+        for rounds in self._rounds:
+            if len(set(rounds.numbers)) > 1:
+                each = ", ".join(f"rank {rank} has {number}" for rank, number in enumerate(rounds.numbers))
+                raise LockstepError(
+                    "lookahead over a model under fully_shard, which gathers weights in each forward, needs as many "
+                    f"micro-batches on each rank, and {each}: give ranks with fewer some more that are empty (N = 0), "
+                    "or take lockstep"
+                )
+
     def begin(self, index: int) -> None:
         """A micro-batch starts. Collective, in the background: its round's predecessor is sent."""
+        self._set_silent(False)
         if index == 0:
             for rounds in self._rounds:
                 rounds.sit_out()
@@ -53,9 +74,14 @@ class SecondPass:
                 rounds.start(self.index)
         self.index, self._position = index, 0
         self._wanted = self._walked = 0
+        if self._in_step:
+            for rounds in self._rounds:
+                rounds.finish()
+            self._set_silent(True)
 
     def end_forward(self) -> None:
         """It came through the forward. Collective: waits for what `begin` has sent."""
+        self._set_silent(False)
         if self._position < len(self._visits):
             raise LockstepError(
                 f"micro-batch {self.index} has finished without layer {self._visits[self._position].name}, to which it "
@@ -96,12 +122,19 @@ class SecondPass:
             )
 
     def begin_reduction(self) -> None:
-        """The last backward is next, in which DistributedDataParallel communicates. Collective: all came so far."""
+        """A backward is next that communicates. Collective: all came so far."""
         for rounds in self._rounds:
             rounds.begin_reduction(self.index)
 
+    def _set_silent(self, is_silent: bool) -> None:
+        for rounds in self._rounds:
+            rounds.is_silent = is_silent
+
     def give_up(self) -> None:
         """This rank does not go on: tell its peers. Collective, with their rounds."""
+        # They came through this backward, too, and are in the next round.
+        if self._walked and not self.is_last:
+            self._set_silent(False)
         for rounds in self._rounds:
             # Peers may have given up, too.
             with suppress(LockstepError, CommitError):
@@ -184,10 +217,13 @@ class Rounds:
     def __init__(self, exchange: Exchange, accounts: Sequence[Account], count: int) -> None:
         self._exchange = exchange
         self._accounts = accounts
-        self._offset = max(exchange.gather_numbers("micro-batches", count)) - count
+        self.numbers = exchange.gather_numbers("micro-batches", count)
+        """Of micro-batches, by rank."""
+        self._offset = max(self.numbers) - count
         self._open: tuple[int | None, Callable[[], Tensor]] | None = None
         self._number = 0
-        self._is_over = False
+        self.is_silent = False
+        """Whether peers do not wait for a message of ours: they are in another one, or have given up."""
 
     def sit_out(self) -> None:
         """The rounds before this rank's first micro-batch. Collective."""
@@ -203,13 +239,13 @@ class Rounds:
         """Find out whether all ranks came through their last forward. Collective."""
         # Whatever comes of it, peers do not wait for a round then.
         # A message would meet gradients, which gloo answers with an abort.
-        self._is_over = True
+        self.is_silent = True
         if not self._exchange.is_alone:
             self._exchange.gather_numbers("last backward", index)
 
     def end(self, has_drifted: bool) -> list[int]:
         """The ranks whose values were others than in the first pass. Collective. Nobody needs the last sums."""
-        self._is_over = True
+        self.is_silent = True
         if self._exchange.is_alone:
             return []
         return [rank for rank, number in enumerate(self._exchange.gather_numbers("end", has_drifted)) if number]
@@ -225,9 +261,9 @@ class Rounds:
             return
         (index, wait), self._open = self._open, None
         # A failure here is known to the peers.
-        self._is_over = True
+        self.is_silent = True
         parts = torch.split(wait(), [account.size for account in self._accounts])
-        self._is_over = False
+        self.is_silent = False
         counts = torch.stack([part[0] for part in parts]).tolist()
         for account, part, count in zip(self._accounts, parts, counts, strict=True):
             account.close_round(index, part[1:], count)
@@ -236,6 +272,6 @@ class Rounds:
         """Tell peers that this rank does not go on. Collective, with their next round."""
         if self._open is not None:
             self.finish()
-        if not (self._is_over or self._exchange.is_alone):
-            self._is_over = True
+        if not (self.is_silent or self._exchange.is_alone):
+            self.is_silent = True
             self._exchange.give_up(self._number)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -79,10 +79,15 @@ def balanced_gradients(
     return [dx.to(x.dtype), of_weight, of_bias]
 
 
+def refuse_create_graph() -> NoReturn:
+    """In the backward of a lockstep."""
+    raise RuntimeError("lockstep does not support create_graph=True: take gradients of gradients without it")
+
+
 def composed_gradients(ctx, dy, *others):  # type: ignore[no-untyped-def]
     """Gradients of `passes` that can be differentiated again (``create_graph=True``)."""
     if ctx.policy is None:
-        raise RuntimeError("lockstep does not support create_graph=True: take gradients of gradients without it")
+        refuse_create_graph()
     weight, bias, x = ctx.saved_tensors
     _, _, needs_weight, needs_bias, _, _, needs_x = ctx.needs_input_grad
     needed = (needs_x, needs_weight, needs_bias)

@@ -178,6 +178,22 @@ def _apply_gradient_to(dy: Tensor, x: Tensor, *given: Any) -> Tensor:
     return torch.batch_norm_backward_elemt(as_passes(dy, x), as_passes(x), *given).as_strided(x.shape, x.stride())
 
 
+def sum_up_apart(dy: Tensor, x: Tensor, vectors: Vectors) -> Tensor:
+    """Of one micro-batch, the sums of dy and of dy (x - center) as two rows."""
+    if x.numel() == 0:
+        return torch.zeros_like(vectors.norm.center).expand(2, -1)
+    sums = _sum_up(dy, x, None, vectors.norm)
+    return torch.stack((sums.dy, sums.dy_xmu))
+
+
+def apply_gradient_apart(dy: Tensor, x: Tensor, vectors: Vectors, sums: Tensor) -> Tensor:
+    """The gradient of one micro-batch, from everyone's sums as two rows."""
+    first, second = sums
+    (dx,) = _apply_gradient([(dy, x)], [True], vectors, (first, second))
+    assert dx is not None  # it is wanted
+    return dx
+
+
 def split_feedback(feedback: Tensor | float) -> tuple[int, Tensor | float | None]:
     """n and a factor, which together are factor/n; None for 1, which is the usual case."""
     if isinstance(feedback, Tensor):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable
+from copy import deepcopy
 from unittest.mock import patch
 
 import pytest
@@ -25,6 +27,7 @@ from syncaccum import (
     lockstep,
 )
 from tests.ranks import Rank, on_ranks
+from tests.unit.test_offload import DeviceStore
 
 # Images of each micro-batch, by rank: unequal numbers of them, of unequal sizes, one of them empty.
 SPLITS = {1: [[3, 4, 2]], 2: [[3, 0, 2], [4, 1]], 3: [[2], [3, 1, 0], [1, 2]]}
@@ -260,3 +263,48 @@ def test_a_running_mean_that_is_not_finite_spoils_no_output(rank: Rank) -> None:
     whole = images(0, 4)
     (y,) = lockstep(layer, layer, [whole[2 * rank.index :][:2]])
     torch.testing.assert_close(y, nn.BatchNorm2d(1).double()(whole)[2 * rank.index :][:2])
+
+
+class Fork(nn.Module):
+    """Two ways side by side, the short one first: in the backward it comes last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.short = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+        self.long = nn.Sequential(
+            nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.Tanh(), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        short = self.short(x)
+        return torch.tanh(self.long(x) + short)
+
+
+@on_ranks(2)
+def test_ranks_with_one_and_with_many_micro_batches_walk_backward_in_one_order(rank: Rank) -> None:
+    """A thread numbers its own autograd nodes, and a backward goes by numbers. Ten layers drive the numbers apart."""
+    torch.manual_seed(0)
+    stem = [nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)) for _ in range(10)]
+    model = convert_sync_accum(nn.Sequential(*stem, Fork(), Fork()).double())
+    xs = list(torch.randn(8, 2, 4, 4, dtype=torch.float64).split([8, 2][rank.index]))
+    torch.stack(lockstep(model, lambda x: loss_of(model(x)), xs)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@on_ranks(2)
+def test_with_offload_gradients_are_the_large_batchs_on_ranks_with_other_numbers(rank: Rank) -> None:
+    torch.manual_seed(0)
+    reference = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), Fork(), Fork()).double()
+    model = convert_sync_accum(deepcopy(reference))
+    whole = torch.randn(8, 2, 4, 4, dtype=torch.float64)
+    mine = whole.split(4)[rank.index]
+    # By module: the package has a function of that name, too.
+    with patch.object(sys.modules["syncaccum.exact.lockstep"], "HostStore", DeviceStore):
+        losses = lockstep(model, lambda x: loss_of(model(x)), mine.split([4, 1][rank.index]), offload="cpu")
+    assert DeviceStore.made.pop().parked
+    torch.stack(losses).sum().backward()
+    loss_of(reference(whole)).backward()
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        dist.all_reduce(p.grad)
+        # A bias before BatchNorm has a gradient that is zero by algebra.
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-12 * max(1.0, float(q.grad.abs().max())))

@@ -9,7 +9,7 @@ import pytest
 
 from tests.docs.blocks import ROOT
 
-_TESTS = ("tests/unit/test_torch_tools.py", "tests/distributed/test_torch_tools.py")
+_TESTS = ("tests/unit/test_torch_tools.py", "tests/distributed/test_torch_tools.py", "tests/distributed/test_fsdp.py")
 
 
 def _read_rows() -> list[list[str]]:

@@ -409,7 +409,7 @@ def test_a_checkpoint_around_it(reentrant: bool) -> None:
 
 def test_different_layers_are_both_named() -> None:
     model = nn.ModuleDict({"a": SyncAccumBatchNorm(2), "b": SyncAccumBatchNorm(2)})
-    with pytest.raises(LockstepError, match="micro-batch 1 meets layer b, but the others wait for it at a"):
+    with pytest.raises(LockstepError, match="micro-batch 1 meets layer b, but the others wait for it at layer a"):
         lockstep(model, lambda i: model["ab"[i]](torch.randn(3, 2)), range(2))
     with pytest.raises(LockstepError, match="micro-batch 1 has finished, but the others wait for it at layer a"):
         lockstep(model, lambda i: None if i else model["a"](torch.randn(3, 2)), range(2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, cast
 
 import pytest
@@ -24,7 +24,7 @@ from syncaccum import (
     lockstep,
     lookahead,
 )
-from syncaccum.exact.offload import WaitingRoom
+from syncaccum.exact.offload import HostStore, Parked, WaitingRoom
 from tests.unit.test_lockstep import assert_same_gradients, images, pair
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
@@ -394,14 +394,22 @@ class Probe:
     """Lives as long as the graph that holds it."""
 
 
-class Room(WaitingRoom):
+class Store(HostStore):
     """Takes CPU tensors for tensors on a device."""
 
     parked = 0
 
-    def _is_to_go(self, x: Tensor) -> bool:
-        Room.parked += 1
-        return id(x) not in self._shared
+    def takes(self, tensor: Tensor) -> bool:
+        return True
+
+    def _copy(self, tensor: Tensor) -> Parked:
+        Store.parked += 1
+        return Parked(tensor.detach().clone(), tensor.device)
+
+
+class Room(WaitingRoom):
+    def __init__(self, shared: Iterable[Tensor]) -> None:
+        super().__init__(shared, Store())
 
 
 def test_inputs_that_wait_on_the_host_come_back_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,5 +421,5 @@ def test_inputs_that_wait_on_the_host_come_back_the_same(monkeypatch: pytest.Mon
     walk(model, parts)
     for loss in lookahead(other, lambda x: loss_of(other(x)), parts, offload="cpu"):
         loss.backward()
-    assert Room.parked > 0
+    assert Store.parked > 0
     assert_same_gradients(other, model)

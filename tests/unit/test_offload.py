@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from syncaccum import lockstep
 from syncaccum.exact.offload import HostStore, Parked
+from syncaccum.window.layers import named_layers
 from tests.unit.test_lockstep import assert_same_gradients, images, pair
 
 DEVICE = SimpleNamespace(type="device")
@@ -53,14 +54,19 @@ class DeviceStore(HostStore):
         OnDevice.returns = 0
 
     def _pack(self, tensor: Tensor) -> Tensor | Parked:
-        leaf_parameter = tensor.is_leaf and tensor.requires_grad
-        packed = super()._pack(tensor.detach().as_subclass(OnDevice).requires_grad_(leaf_parameter))
+        packed = super()._pack(tensor)
         if isinstance(packed, Tensor):
             self.kept.append(tensor)
             return tensor
         self.parked.append(weakref.ref(packed))
         self.parked_bytes += tensor.nbytes
         return packed
+
+    def takes(self, tensor: Tensor) -> bool:
+        return True
+
+    def _copy(self, tensor: Tensor) -> Parked:
+        return super()._copy(tensor.detach().as_subclass(OnDevice))
 
     def alive(self) -> list[Parked]:
         return [parked for reference in self.parked if (parked := reference()) is not None]
@@ -227,7 +233,10 @@ def test_each_tensor_comes_back_once_and_none_is_left_on_the_device() -> None:
     model, _ = pair()
     outputs, store = run_offloaded(model, images(2, 2, 2, 2))
     loss = loss_of(outputs)
+    # At each layer all four have waited, and in the backward their gradients do.
+    waited = OnDevice.returns
+    assert waited >= 4 * len(named_layers(model))
     for walk in (1, 2):
         loss.backward(retain_graph=True)
-        assert OnDevice.returns == walk * len(store.parked)
+        assert OnDevice.returns == waited + walk * (len(store.parked) + waited)
         assert store.waiting() == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
@@ -84,6 +87,88 @@ def test_modes_do_not_see_calls_without_torch_function() -> None:
         assert mode.calls == 0
         torch_private.zero_all([torch.ones(1)])
     assert mode.calls > 0
+
+
+def test_nodes_are_numbered_by_thread_and_a_backward_walks_the_later_first() -> None:
+    seen: list[str] = []
+    x = torch.ones(1, requires_grad=True)
+    before = torch_private.count_node()
+    first = x * 2
+    between = torch_private.count_node()
+    second = x * 3
+    assert torch_private.count_node() - before == 4
+    assert between - before == 2
+    first.register_hook(lambda _: seen.append("first"))
+    second.register_hook(lambda _: seen.append("second"))
+    (first + second).backward()
+    assert seen == ["second", "first"]
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(torch_private.count_node).result() == 0
+
+
+def test_what_a_module_calls_around_its_forward() -> None:
+    module = nn.Identity()
+    before = module.register_forward_pre_hook(lambda module, args: None)
+    after = module.register_forward_hook(lambda module, args, output: None)
+    found = torch_private.forward_hooks_of(module)
+    assert [list(hooks) for hooks in found] == [[before.id], [after.id]]
+    seen: list[str] = []
+    found[0][before.id] = lambda module, args: seen.append("before")
+    found[1][after.id] = lambda module, args, output: seen.append("after")
+    module(1)
+    assert seen == ["before", "after"]
+
+
+def test_fully_shard_has_a_hook_before_and_a_hook_behind_a_forward(group: None) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    model.register_forward_hook(lambda module, args, output: None)
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard([model[0], model[1]], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert [torch_private.is_fully_sharded(m) for m in (model, *model)] == [True, True, True, False]
+    for module, count in ((model, 1), (model[0], 1), (model[1], 1), (model[2], 0)):
+        for hooks in torch_private.forward_hooks_of(module):
+            methods = [torch_private.method_of_fully_shard(hook) for hook in hooks.values()]
+            assert sum(method is not None for method in methods) == count
+
+
+def test_fsdp_looks_for_its_methods_where_gates_are_put(group: None) -> None:
+    model = nn.Linear(2, 2)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    register_fsdp_forward_method(model, "extra_repr")
+    seen: list[Any] = []
+    for hooks in torch_private.forward_hooks_of(model):
+        (method,) = [m for hook in hooks.values() if (m := torch_private.method_of_fully_shard(hook)) is not None]
+
+        def look(*values: Any, method: Any = method) -> Any:
+            seen.append(values)
+            return method(*values)
+
+        vars(method.__self__)[method.__name__] = look
+    text = model.extra_repr()
+    assert seen == [(model, (), {}), (model, (), text)]
+
+
+def test_the_sharded_modules_in_whose_forward_we_are(group: None) -> None:
+    seen: list[list[nn.Module]] = []
+
+    class Looks(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch_private.sharded_forwards())
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Sequential(Looks(2, 2)))
+    for module in (model[0][0], model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    assert torch_private.sharded_forwards() == []
+    model(torch.ones(1, 2))
+    assert seen == [[model[0][0], model]]
+
+
+def test_tensors_are_mapped_wherever_a_forward_may_return_them() -> None:
+    x = torch.ones(1)
+    mapped = torch_private.map_tensors(lambda t: t + 1, {"a": [x, (x, 3)], "b": None})
+    assert mapped == {"a": [x + 1, (x + 1, 3)], "b": None}
 
 
 def test_the_ddp_in_whose_forward_we_are(group: None) -> None:
