@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch import jobs as processes
+from tests.launch import warm
 from tests.mpi import jobs
 from tests.multinode.same_weights import read_tensors
 
@@ -28,7 +28,7 @@ PROGRAM = "import sys\nfrom launch.train import main\nfor options in sys.argv[1:
 def under_torchrun(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """What two ranks left."""
     output = tmp_path_factory.mktemp("torchrun")
-    finished = processes.run(processes.LOCAL, 2, "launch/train.py", *OPTIONS, f"--output={output}")
+    finished = warm.run_ranks(2, "launch/train.py", *OPTIONS, f"--output={output}")
     assert finished.returncode == 0, finished.stdout
     return read_tensors(str(output))
 
@@ -65,6 +65,6 @@ def test_a_bad_option_ends_the_job_with_one_message(implementation: str) -> None
 
 
 def test_the_mpi_transport_without_mpi_is_refused_by_name() -> None:
-    finished = processes.run("python", "-m", "launch.train", "--transport=mpi")
+    finished = warm.run("-m", "launch.train", "--transport=mpi")
     assert finished.returncode == 2
     assert "--transport mpi: no MPI started this process; use launch/mpirun.sh, or torch" in finished.stdout
