@@ -5,9 +5,9 @@ They are forked from a server that ran nothing. For what a launcher, a shell or 
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import tempfile
@@ -72,7 +72,7 @@ class Program:
 
 def _run(arguments: list[str], folder: str, environment: dict[str, str], out: Connection, err: Connection) -> None:
     """As Python's own command line: ``-m MODULE ...`` or ``FILE ...``."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.freeze()  # a collection need not walk what is imported
     for number, stream in enumerate((out, err), 1):
         os.dup2(stream.fileno(), number)
     os.environ.clear()
