@@ -27,6 +27,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
 
 
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Some packages report what is not collected when Python ends."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
     """A test draws the same numbers on any worker, after any other test; each test draws its own."""

@@ -30,7 +30,7 @@ from syncaccum.layer.memory_order import (
     match_order,
     per_channel,
 )
-from syncaccum.layer.policies import Normalizer, Policy, ReduceSums, hold
+from syncaccum.layer.policies import Normalizer, Policy, ReduceSums
 from syncaccum.torch_private import has_no_values, is_transformed
 
 
@@ -157,7 +157,6 @@ def normalize(
         and (done := fused.normalize(x, weight, bias, policy)) is not None
     ):
         return done
-    policy = hold(policy)
     if not is_plain:
         # Compilers fuse plain operations better than our passes.
         # Transforms of torch.func differentiate them in their own ways.

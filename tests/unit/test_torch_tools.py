@@ -257,7 +257,7 @@ def test_compile_makes_one_graph_for_all_sizes_before_and_after_a_commit(policy:
 
 
 @pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning")  # its own
-@every_policy
+@pytest.mark.parametrize("policy", ["renorm", "window"])  # "running" has no operator that these have not
 def test_compiled_autograd_walks_the_same_backward(policy: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -552,21 +552,24 @@ def test_functional_call_with_other_buffers_normalises_with_these() -> None:
         torch.testing.assert_close(functional_call(model, given, (x,)), expected)
 
 
-@every_policy
-@pytest.mark.parametrize("compiled", ["function", "function of a copy", "model"])
+# One operator refuses for all policies but "window", which has its own; to compile them all takes long.
+@pytest.mark.parametrize(
+    ("compiled", "policy"),
+    [("function", "renorm"), ("function", "window"), ("function of a copy", "running"), ("model", "renorm")],
+)
 def test_other_buffers_are_refused_in_compiled_code(policy: str, compiled: str) -> None:
     torch._dynamo.reset()
     model: Any = make_converted(policy)
     if compiled == "function of a copy":
         model = copy.deepcopy(model)
     if compiled == "model":
-        model = torch.compile(model, backend="aot_eager", fullgraph=True)
+        model = torch.compile(model, backend="eager", fullgraph=True)
 
     def call(buffers: dict[str, Tensor], x: Tensor) -> Any:
         return functional_call(model, buffers, (x,))
 
     if compiled != "model":
-        call = torch.compile(call, backend="aot_eager", fullgraph=True)
+        call = torch.compile(call, backend="eager", fullgraph=True)
     own, x = dict(model.named_buffers()), draw(4, 0)
     call(own, x)
     with pytest.raises(RuntimeError, match="layer bn1 other running statistics in compiled code"):
