@@ -33,22 +33,22 @@ def under_torchrun(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.
     return read_tensors(str(output))
 
 
+# Each library once: test_commit has the sums of both on any number of ranks.
 @pytest.mark.parametrize(
-    ("transports", "ranks", "tolerance"),
+    ("implementation", "ranks", "tolerance"),
     [
-        (("torch", "mpi"), 2, 0.0),  # a sum of two terms has one order
-        (("mpi",), 3, 1e-12),  # float64; three ranks sum in another order, and six steps let that grow a little
+        ("openmpi", 2, 0.0),  # a sum of two terms has one order
+        ("mpich", 3, 1e-12),  # float64; three ranks sum in another order, and six steps let that grow a little
     ],
 )
-@pytest.mark.parametrize("implementation", jobs.IMPLEMENTATIONS)
 def test_train_gives_the_same_model(
     under_torchrun: dict[str, torch.Tensor],
     tmp_path: Path,
     implementation: str,
-    transports: tuple[str, ...],
     ranks: int,
     tolerance: float,
 ) -> None:
+    transports = ("torch", "mpi")
     runs = [" ".join([*OPTIONS, f"--transport={name}", f"--output={tmp_path / name}"]) for name in transports]
     finished = jobs.run(implementation, ranks, "-c", PROGRAM, *runs)
     assert finished.returncode == 0, finished.stdout
