@@ -24,6 +24,7 @@ from syncaccum.layer import library, native
 from syncaccum.layer.measure import Measured, measure
 from syncaccum.layer.passes import normalize, normalize_together
 from syncaccum.layer.policies import Batch, Normalizer, Policy, Renorm, Running
+from tests.oracle import assert_close_to_largest
 from tests.unit.test_passes import channels_first, channels_last
 
 EPS = 1e-5
@@ -98,17 +99,14 @@ def test_they_are_as_right_as_the_dtype_allows(
             patch.setattr(native, "_library", None)
             doubles = [None if t is None else t.detach().double().requires_grad_() for t in (x, weight, bias)]
             expected, wanted = train(doubles[0], doubles[1], doubles[2], made[name], dy.double())
-        # Of the largest value: sums may cancel.
-        largest = [max(1.0, float(exact.detach().abs().max())) for exact in expected]
         for count in (1, 2):
             with threads(count):
                 actual, moments = train(x, weight, bias, made[name], dy)
             torch.testing.assert_close(moments, wanted, rtol=1e-12, atol=1e-9)  # float64 sums of up to 240,000 values
-            for got, exact, size in zip(actual, expected, largest, strict=True):
+            for got, exact in zip(actual, expected, strict=True):
                 # One rounding to the dtype, and of factors to float32; float64 sums round in both.
                 rtol = 1e-12 if dtype == torch.float64 else 4 * torch.finfo(got.dtype).eps
-                atol, message = rtol * size, f"{name}, {count} threads: {{}}".format
-                torch.testing.assert_close(got.double(), exact, rtol=rtol, atol=atol, msg=message)
+                assert_close_to_largest(got.double(), exact, rtol, f"{name}, {count} threads: {{}}".format)
                 assert got.shape != x.shape or got.stride() == x.stride()
 
 
@@ -149,8 +147,7 @@ def test_policy_window_is_as_right_as_the_dtype_allows(
     for got, wanted in zip(actual, expected, strict=True):
         # As above; in float64 a window's variance is a difference of sums.
         rtol = 1e-11 if dtype == torch.float64 else 4 * torch.finfo(got.dtype).eps
-        atol = rtol * max(1.0, float(wanted.detach().abs().max()))
-        torch.testing.assert_close(got.double(), wanted, rtol=rtol, atol=atol)
+        assert_close_to_largest(got.double(), wanted, rtol)
 
 
 @needs_them
