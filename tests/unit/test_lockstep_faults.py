@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import random
 import re
@@ -590,19 +589,13 @@ LIMITS = [
 ]
 
 
-@functools.cache
-def try_limits() -> list[str]:
-    """What each of LIMITS printed."""
+@pytest.mark.skipif(not sys.platform.startswith("linux") or os.getuid() != 0, reason="limits threads of another user")
+def test_a_limit_of_threads_is_kept_or_named() -> None:
     arguments = [f"{count},{team},{limit}" for count, team, limit, _ in LIMITS]
     done = subprocess.run(
         [sys.executable, "-c", UNDER_A_LIMIT, *arguments], capture_output=True, text=True, timeout=200
     )
     *printed, rest = re.split(r"status 0\n", done.stdout)
     assert (done.returncode, rest) == (0, ""), done.stdout + done.stderr
-    return printed
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux") or os.getuid() != 0, reason="limits threads of another user")
-@pytest.mark.parametrize("index", range(len(LIMITS)), ids=[str(limits[:3]) for limits in LIMITS])
-def test_a_limit_of_threads_is_kept_or_named(index: int) -> None:
-    assert re.search(LIMITS[index][-1], try_limits()[index]), try_limits()[index]
+    for (*limits, says), said in zip(LIMITS, printed, strict=True):
+        assert re.search(says, said), f"{limits}: {said}"
