@@ -40,7 +40,7 @@ def test_a_commit_is_one_all_reduce_after_a_fingerprint_check_in_the_first(rank:
 
 @on_ranks(2)
 def test_windows_are_gathered_in_one_all_reduce_and_their_books_in_another(rank: Rank) -> None:
-    layers = make_layers(a=3, b=4)
+    layers: Any = make_layers(a=3, b=4)
     feed_layers(layers, rank)
     commit(layers)
     assert count_collectives(lambda: gather_window_state_dict(layers)) == ONE
