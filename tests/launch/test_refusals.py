@@ -151,8 +151,7 @@ def test_an_interface_that_is_not_there_is_named_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("package", ["sklearn", "rich", "tensorboard", "matplotlib"])
 def test_a_missing_package_is_named_before_training(package: str, tmp_path: Path) -> None:
     output = tmp_path / "output"
-    program = f"import sys; sys.modules['{package}'] = None; from launch.train import main; main(sys.argv[1:])"
-    stopped = jobs.run("python", "-c", program, *TINY, f"--output={output}")
+    stopped = warm.run("-m", "tests.launch.without_package", package, *TINY, f"--output={output}")
     check_said_once(stopped, package, "pip install 'syncaccum[demo]'")
     assert find_checkpoints(output) == {}
 
