@@ -12,5 +12,5 @@ if __name__ == "__main__":
     for name in list(sys.modules):
         if name.split(".")[0] in (package, "launch") or name.startswith("torch.utils.tensorboard"):
             del sys.modules[name]
-    sys.modules[package] = None  # type: ignore[assignment] # Python takes None for a module that is not there
+    sys.modules[package] = None  # Python takes None for a module that is not there
     main(options)
