@@ -1,16 +1,29 @@
-"""How large are the package's files and functions, and how much of it is comment? Prints; measures no time."""
+"""How large are the package's files and functions, how much of it is comment, and which imports go in circles?
+
+Prints; measures no time. Imports inside functions and for types alone are counted, too.
+"""
 
 from __future__ import annotations
 
 import ast
 import io
+import re
 import statistics
 import sys
 import tokenize
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 APART = ("doctor", "integrations")
 """Folders that stand for themselves."""
+STORIES = {
+    "a forward": "a training forward, from top to bottom",
+    "a commit": "a commit, from top to bottom",
+    "lockstep": "lockstep",
+    "where a NaN is found": "where a NaN is found and named",
+    "a subclass": "a subclass with a forward of its own",
+}
+"""By name, the row of CONTRIBUTING.md that says which files to open."""
 
 
 def main(package: Path = Path("syncaccum")) -> None:
@@ -28,8 +41,59 @@ def main(package: Path = Path("syncaccum")) -> None:
     print(f"lines of a function, docstring included: median {statistics.median(functions):g}, p90 {tenths[-1]:g}")
     print(f"comment lines per line of code: {len(comments) / code:.3f}")
     print(f"words in a line of comment: mean {statistics.mean(len(c.split()) for c in comments):.1f}")
+    for story, files in read_stories().items():
+        print(f"files to open for {story}: {len(files)} ({', '.join(files)})")
+    cycles = find_cycles({path: path.read_text() for path in paths}, package)
+    print(f"import cycles, late and typing imports counted: {len(cycles)}")
+    for cycle in cycles:
+        print(f"  {', '.join(cycle)}")
     doctor = [path for path in paths if "doctor" in path.parts]
     print(f"doctor: {sum(path.read_text().count(chr(10)) for path in doctor)} lines")
+
+
+def read_stories(page: Path = Path("CONTRIBUTING.md")) -> dict[str, list[str]]:
+    """The files that a reader opens, as the page's map of them says."""
+    rows = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", page.read_text(), re.MULTILINE))
+    return {story: re.findall(r"[\w/]+\.(?:py|cpp)", rows[row]) for story, row in STORIES.items()}
+
+
+def find_cycles(texts: dict[Path, str], package: Path) -> list[list[str]]:
+    """Modules that import each other, by whatever way: each group of them once."""
+    names = {_name_module(path, package): path for path in texts}
+    imports = {
+        name: {found for found in _find_imports(texts[path], names.keys()) if found != name}
+        for name, path in names.items()
+    }
+    reached = {name: _reach(name, imports) for name in imports}
+    groups = {frozenset(other for other in reached[name] if name in reached[other]) for name in imports}
+    return [sorted(group) for group in groups if group]
+
+
+def _name_module(path: Path, package: Path) -> str:
+    parts = (package.name, *path.relative_to(package).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _find_imports(text: str, modules: Set[str]) -> Iterator[str]:
+    """Of these modules those that a file names. Python also runs each package around them, which has no own code."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield from (name for name in (submodule if submodule in modules else node.module,) if name in modules)
+
+
+def _reach(start: str, imports: dict[str, set[str]]) -> set[str]:
+    """What a module imports, and what that imports, and so on."""
+    reached: set[str] = set()
+    ahead = [start]
+    while ahead:
+        new = imports[ahead.pop()] - reached
+        reached |= new
+        ahead += new
+    return reached
 
 
 def _measure_functions(text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import zlib
 from collections.abc import Iterator
@@ -18,6 +19,17 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     """Without pytest-timeout, as in `make test-fast`, its setting in pyproject.toml is known and does nothing."""
     if not pluginmanager.hasplugin("timeout"):
         parser.addini("timeout", "seconds for each test, where pytest-timeout is installed")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported by now stays: a full collection, which tests of what is left ask for, need not walk it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Some packages report what is not collected when Python ends."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

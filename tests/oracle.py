@@ -6,7 +6,7 @@ First what statistics must be, then one that watches a model, then layers to fee
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,14 @@ def assert_same_statistics(
         if wanted.is_floating_point():
             actual = actual.double()
         torch.testing.assert_close(actual, wanted, rtol=rtol, atol=atol, msg=f"{name}: {{}}".format)
+
+
+def assert_close_to_largest(
+    actual: Tensor, expected: Tensor, rtol: float, msg: Callable[[str], str] | None = None
+) -> None:
+    """Within ``rtol`` of the largest value, and of 1: sums may cancel."""
+    atol = rtol * max(1.0, float(expected.detach().abs().max()))
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, msg=msg)
 
 
 class Oracle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -16,7 +17,9 @@ import torch
 
 # forkserver: a fork of the test process hangs once OpenMP has run there, and spawn imports torch for every rank.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "pytest", "hypothesis", "syncaccum"])
+# torch imports _dynamo with the first optimizer; with all that train.py imports it takes four times as long as torch.
+_EARLY = ["torch._dynamo", "torch.distributed", "torch.utils.tensorboard", "matplotlib.backends.backend_agg"]
+CONTEXT.set_forkserver_preload([*_EARLY, "pytest", "hypothesis", "syncaccum", "launch.training"])
 
 
 class PipedProcess:
@@ -75,6 +78,7 @@ def answer_requests(pipe: Connection, answer: Callable[..., bytes]) -> None:
 
 def begin_rank(interface: str = "lo") -> None:
     """In a process: one thread, warnings are errors, and gloo on this interface."""
+    gc.freeze()  # a collection need not walk what is imported
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     if sys.platform == "linux":  # gloo otherwise asks for this machine's name, which need not resolve

@@ -67,9 +67,8 @@ def open_store(us: Rank, timeout: float) -> dist.Store:
     if us.launcher == "alone":
         return dist.HashStore()
     if us.launcher == "mpi":
-        here = mpi.MPIRank(us.rank, us.size, us.local_rank, us.local_size)
         try:
-            return mpi.open_store(mpi.world(), here, timedelta(seconds=timeout))
+            return mpi.open_store(mpi.world(), mpi.locate(), timedelta(seconds=timeout))
         except RuntimeError as error:
             raise ProblemError(str(error), "see whether rank 0's node can be reached there") from error
     # torchrun's agent hosts the store, also for rank 0, and keeps it when it restarts the ranks.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from syncaccum.layer.state import Accumulating
+from syncaccum.layer.state import Accumulating, has_statistics
 from syncaccum.window.step_hook import CommitHandle, commit_on_step
 
 
@@ -33,7 +33,7 @@ def commit_parts_on_steps(model: nn.Module, optimizers: Sequence[Optimizer], **s
     }
     parts: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for name, layer in model.named_modules():
-        if isinstance(layer, Accumulating) and layer.track_running_stats:
+        if isinstance(layer, Accumulating) and has_statistics(layer):
             parts[_find_owners(model, name, owners)].append(name)
     if not parts:
         return [commit_on_step(model, optimizers, **settings)]

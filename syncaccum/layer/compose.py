@@ -82,17 +82,3 @@ def balanced_gradients(
 def refuse_create_graph() -> NoReturn:
     """In the backward of a lockstep."""
     raise RuntimeError("lockstep does not support create_graph=True: take gradients of gradients without it")
-
-
-def composed_gradients(ctx, dy, *others):  # type: ignore[no-untyped-def]
-    """Gradients of `passes` that can be differentiated again (``create_graph=True``)."""
-    if ctx.policy is None:
-        refuse_create_graph()
-    weight, bias, x = ctx.saved_tensors
-    _, _, needs_weight, needs_bias, _, _, needs_x = ctx.needs_input_grad
-    needed = (needs_x, needs_weight, needs_bias)
-    if ctx.reduce_sums is not None:
-        dx, dweight, dbias = balanced_gradients(x, weight, bias, ctx.norm, ctx.reduce_sums, dy)
-    else:
-        dx, dweight, dbias = differentiable_gradients(x, weight, bias, ctx.policy, needed, dy)
-    return None, None, dweight, dbias, None, None, dx

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from syncaccum.layer.compose import composed_gradients
-from syncaccum.layer.memory_order import as_passes, match_order, per_channel
+from syncaccum.layer.memory_order import as_passes, per_channel
+from syncaccum.layer.node import Gradients, Needs, normalize_by
 from syncaccum.layer.policies import Normalizer, ReduceSums
 
 Pay = Callable[[Tensor, Tensor, Tensor], "tuple[Tensor, Tensor] | None"]
@@ -54,37 +54,31 @@ def normalize(
     reduce_sums: ReduceSums | None,
     policy: Any,
 ) -> tuple[Tensor, ...]:
-    """The outputs of dense micro-batches that share their statistics; the rest as in `passes`."""
-    outputs = _Normalize.apply(vectors, None, weight, bias, reduce_sums, policy, *xs)  # type: ignore[no-untyped-call]
-    return cast(tuple[Tensor, ...], outputs)
+    """The outputs of dense micro-batches that share their statistics; the rest as in `node`."""
+    return normalize_by(_Kernels(vectors), xs, weight, bias, reduce_sums, policy)
 
 
-class _Normalize(torch.autograd.Function):
-    # Arguments as those of passes._Normalize: they have the same second derivatives.
+class _Kernels:
+    def __init__(self, vectors: Vectors) -> None:
+        self._vectors, self.norm = vectors, vectors.norm
 
-    @staticmethod
-    def forward(ctx, vectors, _, weight, bias, reduce_sums, policy, *xs):  # type: ignore[no-untyped-def]
-        # x is mostly held anyway; x_hat would be one more.
-        ctx.save_for_backward(weight, bias, *xs)
-        ctx.vectors, ctx.norm, ctx.reduce_sums, ctx.policy = vectors, vectors.norm, reduce_sums, policy
-        return tuple(apply(x, vectors) for x in xs)
+    def outputs(self, xs: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(apply(x, self._vectors) for x in xs)
 
-    @staticmethod
-    def backward(ctx, *dys):  # type: ignore[no-untyped-def]
-        # create_graph=True: the gradient itself needs a graph.
-        if torch.is_grad_enabled():
-            return composed_gradients(ctx, *dys)  # type: ignore[no-untyped-call]
-        weight, bias, *xs = ctx.saved_tensors
-        _, _, needs_weight, needs_bias, _, _, *needs_x = ctx.needs_input_grad
-        vectors = ctx.vectors
-        pairs = [(match_order(dy, x), x) for dy, x in zip(dys, xs, strict=True)]
-        local = _add_up([_sum_up(dy, x, weight, vectors.norm) for dy, x in pairs if x.numel() > 0], vectors.norm)
+    def gradients(
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        needs: Needs,
+        reduce_sums: ReduceSums | None,
+    ) -> Gradients:
+        norm = self.norm
+        local = _add_up([_sum_up(dy, x, weight, norm) for dy, x in pairs if x.numel() > 0], norm)
         # From this process's sums: DDP adds up the others'.
-        dweight = _gradient_of_weight(local, vectors.norm).to(weight.dtype) if needs_weight else None
-        dbias = local.dy.to(bias.dtype) if needs_bias else None
-        sums = _balance(local, vectors, ctx.reduce_sums)
-        dxs = _apply_gradient(pairs, needs_x, vectors, sums)
-        return None, None, dweight, dbias, None, None, *dxs
+        dweight = _gradient_of_weight(local, norm) if needs.weight else None
+        sums = _balance(local, self._vectors, reduce_sums)
+        return _apply_gradient(pairs, needs.xs, self._vectors, sums), dweight, local.dy
 
 
 def apply(x: Tensor, vectors: Vectors) -> Tensor:

@@ -1,4 +1,4 @@
-"""The four passes over data, and the one autograd function that uses them.
+"""The four passes over data; `node` has the autograd function that uses them.
 
 Whatever the policy, every forward is ``y = a x + b`` per channel and every backward is ``dx = A dy + B x + C``
 with the sums of dy and dy*x_hat: moments of x, affine of x, moments of dy, affine of dy and x. Policies differ in
@@ -12,14 +12,13 @@ other device plain operations.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from syncaccum.layer import fused, gpu, native
 from syncaccum.layer.compiled import Balance, find_recipe, normalize_compiled
-from syncaccum.layer.compose import compose, composed_gradients, intercept
+from syncaccum.layer.compose import compose, intercept
 from syncaccum.layer.measure import Measured, measure
 from syncaccum.layer.memory_order import (
     as_passes,
@@ -27,10 +26,10 @@ from syncaccum.layer.memory_order import (
     is_on_cuda,
     is_rows,
     make_dense,
-    match_order,
     per_channel,
 )
-from syncaccum.layer.policies import Normalizer, Policy, ReduceSums, hold
+from syncaccum.layer.node import Gradients, Needs, normalize_by
+from syncaccum.layer.policies import Normalizer, Policy, ReduceSums
 from syncaccum.torch_private import has_no_values, is_transformed
 
 
@@ -157,7 +156,6 @@ def normalize(
         and (done := fused.normalize(x, weight, bias, policy)) is not None
     ):
         return done
-    policy = hold(policy)
     if not is_plain:
         # Compilers fuse plain operations better than our passes.
         # Transforms of torch.func differentiate them in their own ways.
@@ -224,56 +222,51 @@ def _apply_normalize(
         with torch.no_grad():
             vectors = gpu.make_vectors(norm, xs[0], weight, bias)
         return gpu.normalize(xs, vectors, weight, bias, reduce_sums, policy)
-    outputs = _Normalize.apply(norm, measured, weight, bias, reduce_sums, policy, *xs)  # type: ignore[no-untyped-call]
-    return cast(tuple[Tensor, ...], outputs)
+    return normalize_by(_Passes(norm, measured), xs, weight, bias, reduce_sums, policy)
 
 
-class _Normalize(torch.autograd.Function):
-    """Inputs that share their statistics, and so their backward. An ordinary forward has one, a lockstep several."""
+class _Passes:
+    """Compiled ones, or torch's own."""
 
-    @staticmethod
-    def forward(ctx, norm, measured, weight, bias, reduce_sums, policy, *xs):  # type: ignore[no-untyped-def]
-        # x is mostly held anyway; x_hat would be one more.
-        ctx.save_for_backward(weight, bias, *xs)
-        ctx.norm, ctx.reduce_sums, ctx.policy = norm, reduce_sums, policy
+    def __init__(self, norm: Normalizer, measured: Sequence[Measured]) -> None:
+        self.norm, self._measured = norm, measured
+
+    def outputs(self, xs: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
+        # The graph is not to hold them.
+        norm, measured, self._measured = self.norm, self._measured, ()
         if all(native.takes(x, weight, bias) for x in xs):
             # In float64, also for the backward.
             return tuple(native.apply(x, norm, weight, bias) for x in xs)
         # Not shifted: the backward reads x, not the measured values.
-        ctx.norm = _narrow(norm, xs[0])
+        self.norm = _narrow(norm, xs[0])
         pairs = zip(xs, measured, strict=True)
-        return tuple(apply_normalizer(x, m, weight, bias, norm, ctx.norm) for x, m in pairs)
+        return tuple(apply_normalizer(x, m, weight, bias, norm, self.norm) for x, m in pairs)
 
-    @staticmethod
-    def backward(ctx, *dys):  # type: ignore[no-untyped-def]
-        weight, bias, *xs = ctx.saved_tensors
-        _, _, needs_weight, needs_bias, _, _, *needs_x = ctx.needs_input_grad
-        # create_graph=True: the gradient itself needs a graph.
-        if torch.is_grad_enabled():
-            return composed_gradients(ctx, *dys)  # type: ignore[no-untyped-call]
-        pairs = [(match_order(dy, x), x) for dy, x in zip(dys, xs, strict=True)]
-        dweight: Tensor | None
-        dbias: Tensor | None
-        needed = [needs_x[0], needs_weight, needs_bias]
-        is_alone = len(pairs) == 1 and ctx.reduce_sums is None
-        if is_alone and native.takes(*pairs[0], weight, bias):
-            dx, dweight, dbias = native.gradients(*pairs[0], weight, bias, ctx.norm, needed)
-            dxs = [dx]
-        elif is_alone and ctx.norm.is_plain and is_on_cpu(pairs[0][1]):
-            dx, dweight, dbias = gradients_of_own_statistics(*pairs[0], weight, ctx.norm, needed)
-            dxs = [dx]
-        else:
-            local = _add_sums([gradient_sums(dy, x, ctx.norm) for dy, x in pairs])
-            # From this process's sums: DDP adds up the others'.
-            dweight, dbias = parameter_gradients(ctx.norm, local)
-            sums = local if ctx.reduce_sums is None else ctx.reduce_sums(local)
-            dxs = [
-                apply_gradient(dy, x, weight, ctx.norm, sums) if wanted else None
-                for (dy, x), wanted in zip(pairs, needs_x, strict=True)
-            ]
-        dweight = dweight.to(weight.dtype) if needs_weight and dweight is not None else None
-        dbias = dbias.to(bias.dtype) if needs_bias and dbias is not None else None
-        return None, None, dweight, dbias, None, None, *dxs
+    def gradients(
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        needs: Needs,
+        reduce_sums: ReduceSums | None,
+    ) -> Gradients:
+        if len(pairs) == 1 and reduce_sums is None:
+            needed = [needs.xs[0], needs.weight, needs.bias]
+            if native.takes(*pairs[0], weight, bias):
+                dx, dweight, dbias = native.gradients(*pairs[0], weight, bias, self.norm, needed)
+                return [dx], dweight, dbias
+            if self.norm.is_plain and is_on_cpu(pairs[0][1]):
+                dx, dweight, dbias = gradients_of_own_statistics(*pairs[0], weight, self.norm, needed)
+                return [dx], dweight, dbias
+        local = _add_sums([gradient_sums(dy, x, self.norm) for dy, x in pairs])
+        # From this process's sums: DDP adds up the others'.
+        of_parameters = parameter_gradients(self.norm, local)
+        sums = local if reduce_sums is None else reduce_sums(local)
+        dxs = [
+            apply_gradient(dy, x, weight, self.norm, sums) if wanted else None
+            for (dy, x), wanted in zip(pairs, needs.xs, strict=True)
+        ]
+        return dxs, *of_parameters
 
 
 def _add_sums(each: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

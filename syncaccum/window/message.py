@@ -138,13 +138,8 @@ def _send(
     return receive
 
 
-def reduce_for(
-    call: str, group: Group, members: Sequence[NamedLayer], tensors: Sequence[Tensor] | None = None
-) -> list[Tensor]:
+def reduce_for(call: str, group: Group, members: Sequence[NamedLayer]) -> list[Tensor]:
     """The windows of these layers summed over the ranks, for something else than a commit. Collective.
-
-    Args:
-        tensors: what to sum in the windows' place, one for each layer and of its window's size.
 
     Raises:
         LayoutMismatchError: some ranks call something else now.
@@ -153,7 +148,7 @@ def reduce_for(
     layout, size = verify_layout(group, transport, members)
     # Not a commit's: a peer may commit now.
     fingerprint = Fingerprint.of(layout.key, call)
-    windows = [layer._accumulation.window for _, layer in members] if tensors is None else tensors
+    windows = [layer._accumulation.window for _, layer in members]
     reduced = _send(transport, fingerprint, size, windows)()
     if not fingerprint.agrees(reduced[:HEADER].tolist(), transport.size):
         raise_layout_mismatch(group, transport, members, call)

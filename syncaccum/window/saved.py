@@ -76,21 +76,28 @@ def gather_window_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _gather_group(group: Group, members: Sequence[NamedLayer]) -> dict[str, Tensor]:
-    call = "gather_window_state_dict"
     names = [name for name, _ in members]
-    state = dict(zip(names, reduce_for(call, group, members), strict=True))
+    state = dict(zip(names, reduce_for(_GATHER, group, members), strict=True))
     # Policies are a part of the layout: all ranks have the same ledgers.
-    ledgers = [layer._accumulation.ledger for _, layer in members]
-    packed = [None if ledger is None else ledger.pack() for ledger in ledgers]
-    for part in PACKED if any(packed) else ():
-        tensors = [
-            torch.zeros_like(layer._accumulation.window) if one is None else one[part]
-            for (_, layer), one in zip(members, packed, strict=True)
-        ]
-        sums = reduce_for(f"{call}, part {part}", group, members, tensors)
-        state.update((f"{name}/{part}", s) for name, s, one in zip(names, sums, packed, strict=True) if one is not None)
+    ledgers = [(name, ledger) for name, layer in members if (ledger := layer._accumulation.ledger) is not None]
+    if ledgers:
+        parts = {f"{name}/{part}": value for name, ledger in ledgers for part, value in ledger.pack().items()}
+        state.update(_sum_over_ranks(group, parts))
     # clone: a view would keep the whole message in memory.
     return {key: value.clone().unsqueeze(0) for key, value in state.items()}
+
+
+_GATHER = "gather_window_state_dict"
+
+
+def _sum_over_ranks(group: Group, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In one message. Collective; all ranks must be here, and know it: it may have any length."""
+    transport = connect(group, call=_GATHER)
+    home = next(iter(parts.values())).device
+    message = torch.cat(list(parts.values())).to(transport.choose_device(home))
+    transport.all_reduce(message)
+    sums = torch.split(message.to(home), [part.numel() for part in parts.values()])
+    return dict(zip(parts, sums, strict=True))
 
 
 def load_window_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:

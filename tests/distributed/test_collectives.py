@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from syncaccum import SyncAccumBatchNorm, commit, convert_sync_accum
+from syncaccum import SyncAccumBatchNorm, commit, convert_sync_accum, gather_window_state_dict
 from tests.oracle import feed_layers, make_layers
 from tests.ranks import Rank, on_ranks
 
@@ -36,6 +36,18 @@ def test_a_commit_is_one_all_reduce_after_a_fingerprint_check_in_the_first(rank:
         feed_layers(layers, rank, seed=step)
         counts.append(count_collectives(lambda: commit(layers)))
     assert counts == [WITH_FINGERPRINT, ONE, ONE]
+
+
+@on_ranks(2)
+def test_windows_are_gathered_in_one_all_reduce_and_their_books_in_another(rank: Rank) -> None:
+    layers: Any = make_layers(a=3, b=4)
+    for policy, expected in (("renorm", 1), ("window", 2)):
+        for layer in layers.values():
+            layer.normalization = policy
+        feed_layers(layers, rank)
+        commit(layers)
+        counted = count_collectives(lambda: gather_window_state_dict(layers))
+        assert counted == {"gloo:all_reduce": expected}, policy
 
 
 @on_ranks(2)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
 from tests.launch.jobs import CHECKOUT, find_free_port, make_environment
+from tests.launch.warm import Program
 
 _PATIENCE = 80.0
 DOCTOR = ("-m", "syncaccum.doctor")
@@ -39,13 +39,22 @@ class Outcome:
 def torchrun(ranks: int, *options: object, module: Sequence[str] = DOCTOR, **changes: str) -> Outcome:
     """torchrun on this machine, to its end."""
     command = ["torchrun", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", ranks, *module, *options]
-    return _run([([str(part) for part in command], changes)])[0]
+    with _files(1) as [(out, err)]:
+        process = subprocess.Popen(
+            [str(part) for part in command], cwd=CHECKOUT, env=make_environment(**changes), stdout=out, stderr=err
+        )
+        try:
+            process.wait(_PATIENCE)
+        finally:
+            process.kill()
+            process.wait()
+        return Outcome(process.returncode, _read_all(out), _read_all(err))
 
 
 def ranks(
     variables: Sequence[dict[str, str]], *options: object, module: Sequence[str] = DOCTOR, wait_for: Sequence[int] = ()
 ) -> list[Outcome]:
-    """One process for each set of variables, as a launcher without an agent starts them; all are killed in the end.
+    """A process for each set of variables, as of a launcher that looks after none; all are killed in the end.
 
     Args:
         variables: RANK is the index and the rest those of one node of so many ranks, unless given here.
@@ -54,32 +63,32 @@ def ranks(
         wait_for: the processes that must end by themselves; all where empty.
     """
     port = str(find_free_port())
-    command = [sys.executable, *module, *(str(option) for option in options)]
     usual = {"WORLD_SIZE": str(len(variables)), "LOCAL_WORLD_SIZE": str(len(variables)), "MASTER_ADDR": "127.0.0.1"}
-    commands = []
+    environments = []
     for rank, changes in enumerate(variables):
         given = {**usual, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port, **changes}
-        commands.append((command, given))
-    return _run(commands, wait_for)
-
-
-def _run(commands: Sequence[tuple[list[str], dict[str, str]]], wait_for: Sequence[int] = ()) -> list[Outcome]:
-    with ExitStack() as stack:
-        files = [[stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in commands]
-        processes = [
-            subprocess.Popen(command, cwd=CHECKOUT, env=make_environment(**changes), stdout=out, stderr=err)
-            for (command, changes), (out, err) in zip(commands, files, strict=True)
+        environments.append(make_environment(**given))
+    with _files(len(variables)) as files:
+        programs = [
+            Program((*module, *options), CHECKOUT, environment, *both)
+            for environment, both in zip(environments, files, strict=True)
         ]
         deadline = time.monotonic() + _PATIENCE
         try:
-            for index in wait_for or range(len(processes)):
-                processes[index].wait(max(0.0, deadline - time.monotonic()))
+            for index in wait_for or range(len(programs)):
+                programs[index].wait(max(0.0, deadline - time.monotonic()))
         finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        texts = [(_read_all(out), _read_all(err)) for out, err in files]
-    return [Outcome(process.returncode, *both) for process, both in zip(processes, texts, strict=True)]
+            for program in programs:
+                program.kill()
+        return [Outcome(program.status, *map(_read_all, both)) for program, both in zip(programs, files, strict=True)]
+
+
+@contextmanager
+def _files(count: int) -> Iterator[list[tuple[IO[str], IO[str]]]]:
+    """For what each of so many processes prints, and for its errors."""
+    with ExitStack() as stack:
+        made = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2 * count)]
+        yield list(zip(made[::2], made[1::2], strict=True))
 
 
 def _read_all(file: IO[str]) -> str:

@@ -1,4 +1,4 @@
-"""Real processes for the tests: scripts of the checkout, and ranks without a launcher to kill one by one."""
+"""Commands of the checkout, run for the tests as a user's shell would."""
 
 from __future__ import annotations
 
@@ -59,36 +59,6 @@ def started(
                 process.communicate(timeout=10)
             process.kill()
         process.communicate()
-
-
-@contextmanager
-def started_ranks(ranks: int, *arguments: object) -> Iterator[list[subprocess.Popen[str]]]:
-    """``train.py`` on so many ranks, each a child of this process; all are killed in the end."""
-    port = str(find_free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "launch/train.py", *map(str, arguments)],
-            cwd=CHECKOUT,
-            env=make_environment(
-                RANK=str(rank),
-                WORLD_SIZE=str(ranks),
-                LOCAL_RANK=str(rank),
-                LOCAL_WORLD_SIZE=str(ranks),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
-            ),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 def find_children(process: int) -> list[int]:

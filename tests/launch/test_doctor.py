@@ -69,7 +69,7 @@ def test_an_unknown_interface_is_found_before_gloo_aborts() -> None:
 
 
 def test_unequal_versions() -> None:
-    finished = doctor_jobs.torchrun(2, "versions", 1, "--json", module=ALTERED)
+    finished, _ = doctor_jobs.ranks([{}, {}], "versions", 1, "--json", module=ALTERED)
     assert finished.status == 1
     said = [problem["what"] for problem in finished.problems()]
     versions = {"python": "3.9.1", "torch": "2.6.0", "syncaccum": "0.0.1"}
@@ -90,7 +90,7 @@ def test_a_note_of_another_program_is_refused() -> None:
 
 
 def test_wrong_sums_are_found() -> None:
-    finished = doctor_jobs.torchrun(2, "sums", 1, "--json", module=ALTERED)
+    finished, _ = doctor_jobs.ranks([{}, {}], "sums", 1, "--json", module=ALTERED)
     assert finished.status == 1
     (problem,) = finished.problems()
     assert problem["what"].startswith("a commit over gloo is wrong")
@@ -98,7 +98,7 @@ def test_wrong_sums_are_found() -> None:
 
 
 def test_models_that_differ_are_named_by_layer_and_ranks() -> None:
-    finished = doctor_jobs.torchrun(2, "--json", "--model", "tests.launch.factories:wider_on_rank_1")
+    finished, _ = doctor_jobs.ranks([{}, {}], "--json", "--model", "tests.launch.factories:wider_on_rank_1")
     assert finished.status == 1
     (problem,) = finished.problems()
     assert "rank 0 has '3' (6 channels" in problem["what"]
@@ -106,7 +106,7 @@ def test_models_that_differ_are_named_by_layer_and_ranks() -> None:
 
 
 def test_a_factory_that_fails_on_one_rank_is_named_with_it() -> None:
-    finished = doctor_jobs.torchrun(2, "--json", "--model", "tests.launch.factories:failing_on_rank_1")
+    finished, _ = doctor_jobs.ranks([{}, {}], "--json", "--model", "tests.launch.factories:failing_on_rank_1")
     assert finished.status == 1
     (problem,) = finished.problems()
     assert "FileNotFoundError: no weights here" in problem["what"]

@@ -1,4 +1,7 @@
-"""The examples run as a newcomer runs them: copied to an empty folder, alone and on two ranks."""
+"""The examples run as a newcomer runs them: copied to an empty folder, alone and on two ranks.
+
+Each is run once by python, and by torchrun; what needs more runs has them from `warm`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.launch import jobs
+from tests.launch import jobs, warm
 from tests.mpi import jobs as mpi_jobs
 
 EXAMPLES = jobs.CHECKOUT / "launch" / "examples"
@@ -24,6 +27,17 @@ def run(folder: Path, ranks: int, script: str, *options: object) -> str:
     shutil.copy(EXAMPLES / script, folder)
     launcher = ["python"] if ranks == 1 else [jobs.CHECKOUT / jobs.LOCAL, ranks]
     return check(jobs.run(*launcher, script, *options, folder=folder))
+
+
+def run_again(folder: Path, ranks: int, script: str, *options: object) -> str:
+    """As `run`, without the start of Python and of a launcher."""
+    shutil.copy(EXAMPLES / script, folder)
+    finished = (
+        warm.run(script, *options, folder=folder)
+        if ranks == 1
+        else warm.run_ranks(ranks, script, *options, folder=folder)
+    )
+    return check(finished)
 
 
 def check(finished: subprocess.CompletedProcess[str]) -> str:
@@ -59,8 +73,8 @@ def test_train_learns_and_goes_on_as_if_it_had_never_stopped(tmp_path: Path, ran
     printed = run(undisturbed, ranks, "train.py")
     assert read_accuracy(printed) > LEARNT
     assert re.findall(r"^epoch (\d)", printed, re.MULTILINE) == ["1", "2", "3"]
-    run(resumed, ranks, "train.py", "--epochs", 1)
-    again = run(resumed, ranks, "train.py")
+    run_again(resumed, ranks, "train.py", "--epochs", 1)
+    again = run_again(resumed, ranks, "train.py")
     assert re.findall(r"^epoch (\d)", again, re.MULTILINE) == ["2", "3"]
     assert load_checkpoint(resumed)["epochs"] == 3
     expected = load_checkpoint(undisturbed)
@@ -73,16 +87,17 @@ def test_train_learns_and_goes_on_as_if_it_had_never_stopped(tmp_path: Path, ran
 
 
 def test_train_started_again_keeps_its_checkpoint(tmp_path: Path) -> None:
-    first = run(tmp_path, 1, "train.py", "--epochs", 1)
+    first = run_again(tmp_path, 1, "train.py", "--epochs", 1)
     written = (tmp_path / "digits.pt").read_bytes()
-    assert run(tmp_path, 1, "train.py", "--epochs", 1) == first.replace("epoch 1 of 1\n", "")
+    assert run_again(tmp_path, 1, "train.py", "--epochs", 1) == first.replace("epoch 1 of 1\n", "")
     assert (tmp_path / "digits.pt").read_bytes() == written
 
 
 def test_exact_trains_the_network_of_the_large_batch_however_it_is_split(tmp_path: Path) -> None:
     losses = []
     for ranks, micro_batch in ((1, 64), (1, 4), (2, 5)):
-        printed = run(tmp_path, ranks, "exact.py", "--float64", "--micro-batch", micro_batch)
+        start = run_again if ranks == 1 else run
+        printed = start(tmp_path, ranks, "exact.py", "--float64", "--micro-batch", micro_batch)
         assert read_accuracy(printed) > LEARNT
         (loss,) = re.findall(r"test loss ([\d.]+)", printed)
         losses.append(float(loss))

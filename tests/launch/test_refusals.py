@@ -17,7 +17,7 @@ from launch.arguments import Arguments
 from launch.checkpoint import find_checkpoints
 from launch.placement import Placement
 from launch.train import main
-from tests.launch import jobs
+from tests.launch import jobs, warm
 
 # Eight steps of the small network.
 TINY = ["--model=mlp", "--train-images=64", "--window=16", "--epochs=2"]
@@ -138,7 +138,7 @@ def test_what_torchrun_sets_and_the_least_that_is_enough_are_taken() -> None:
     ids=["RANK", "no MASTER_ADDR", "MASTER_PORT"],
 )
 def test_ranks_that_cannot_meet_say_so_in_one_line(changes: dict[str, str], named: str, tmp_path: Path) -> None:
-    check_said_once(jobs.run("python", "launch/train.py", *TINY, f"--output={tmp_path}", **changes), named)
+    check_said_once(warm.run("launch/train.py", *TINY, f"--output={tmp_path}", **changes), named)
 
 
 def test_an_interface_that_is_not_there_is_named_once(tmp_path: Path) -> None:
@@ -151,8 +151,7 @@ def test_an_interface_that_is_not_there_is_named_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("package", ["sklearn", "rich", "tensorboard", "matplotlib"])
 def test_a_missing_package_is_named_before_training(package: str, tmp_path: Path) -> None:
     output = tmp_path / "output"
-    program = f"import sys; sys.modules['{package}'] = None; from launch.train import main; main(sys.argv[1:])"
-    stopped = jobs.run("python", "-c", program, *TINY, f"--output={output}")
+    stopped = warm.run("-m", "tests.launch.without_package", package, *TINY, f"--output={output}")
     check_said_once(stopped, package, "pip install 'syncaccum[demo]'")
     assert find_checkpoints(output) == {}
 

@@ -17,8 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from launch.arguments import Arguments
 from launch.checkpoint import find_checkpoints, load_checkpoint
 from launch.train import main
-from tests.launch import jobs
+from tests.launch import jobs, warm
 
+TRAIN = "launch/train.py"
 # Two epochs of eight steps, and a checkpoint after each of them.
 SHORT = Arguments(window=16, train_images=120, epochs=2, checkpoint_every=1)
 # Two epochs of four steps of four micro-batches, the same ones for 1, 2 and 4 ranks.
@@ -66,7 +67,7 @@ def read_steps(output: Path, scalar: str) -> list[int]:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of two ranks that nobody disturbed."""
     output = tmp_path_factory.mktemp("uninterrupted")
-    finished = jobs.run(jobs.LOCAL, 2, "launch/train.py", *make_options(output))
+    finished = jobs.run(jobs.LOCAL, 2, TRAIN, *make_options(output))
     assert finished.returncode == 0, finished.stdout
     (output / "console.txt").write_text(finished.stdout)
     return output
@@ -86,17 +87,17 @@ def test_a_run_leaves_metrics_plot_scalars_and_table(uninterrupted: Path) -> Non
 
 def test_a_run_killed_in_the_middle_and_resumed_equals_an_undisturbed_one(uninterrupted: Path, tmp_path: Path) -> None:
     options = make_options(tmp_path)
-    with jobs.started_ranks(2, *options):
+    with warm.started_ranks(2, TRAIN, *options):
         wait_for_step(tmp_path, 3)
     assert 3 <= count_steps(tmp_path) < 16  # leaving the block was SIGKILL, somewhere in the midst of a step
-    with jobs.started_ranks(2, *options, "--resume") as ranks:
+    with warm.started_ranks(2, TRAIN, *options, "--resume") as ranks:
         assert [rank.wait(timeout=180) for rank in ranks] == [0, 0]
     assert_same_run(tmp_path, uninterrupted)
     assert read_steps(tmp_path, "step/train_loss") == list(range(1, 17))
 
 
 def test_a_job_whose_launcher_restarts_it_goes_on_by_itself(uninterrupted: Path, tmp_path: Path) -> None:
-    command = [jobs.LOCAL, "2", "launch/train.py", *make_options(tmp_path), "--resume=auto"]
+    command = [jobs.LOCAL, "2", TRAIN, *make_options(tmp_path), "--resume=auto"]
     with jobs.started(command, PET_MAX_RESTARTS="1") as launcher:
         wait_for_step(tmp_path, 3)
         os.kill(jobs.find_children(launcher.pid)[0], signal.SIGKILL)
@@ -121,9 +122,9 @@ def assert_same_run(output: Path, expected: Path) -> None:
 def undisturbed_and_killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The outputs of two ranks that ran to the end, and of two that were killed on the way."""
     undisturbed, killed = tmp_path_factory.mktemp("undisturbed"), tmp_path_factory.mktemp("killed")
-    finished = jobs.run(jobs.LOCAL, 2, "launch/train.py", *make_options(undisturbed, ELASTIC))
+    finished = warm.run_ranks(2, TRAIN, *make_options(undisturbed, ELASTIC))
     assert finished.returncode == 0, finished.stdout
-    with jobs.started_ranks(2, *make_options(killed, ELASTIC)):
+    with warm.started_ranks(2, TRAIN, *make_options(killed, ELASTIC)):
         wait_for_step(killed, 3)
     assert 3 <= count_steps(killed) < 8
     return undisturbed, killed
@@ -135,7 +136,7 @@ def test_a_run_goes_on_with_fewer_or_more_ranks(
 ) -> None:
     undisturbed, killed = undisturbed_and_killed
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
-    with jobs.started_ranks(ranks, *make_options(tmp_path, ELASTIC), "--resume") as processes:
+    with warm.started_ranks(ranks, TRAIN, *make_options(tmp_path, ELASTIC), "--resume") as processes:
         assert [process.wait(timeout=180) for process in processes] == [0] * ranks
     assert json.loads((tmp_path / "metrics.json").read_text())["ranks"] == ranks
     ours, theirs = (read_checkpoint(output, ELASTIC) for output in (tmp_path, undisturbed))
@@ -153,7 +154,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before_and_no_more(
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     newest, before, *_ = find_checkpoints(tmp_path).values()
     newest.write_bytes(newest.read_bytes()[:1000])
-    finished = jobs.run(jobs.LOCAL, 2, "launch/train.py", *make_options(tmp_path), "--resume=auto")
+    finished = warm.run_ranks(2, TRAIN, *make_options(tmp_path), "--resume=auto")
     assert finished.returncode == 0, finished.stdout
     assert finished.stdout.count(f"{newest} is damaged (its checksum is wrong); going on from {before.name}") == 1
     assert_same_run(tmp_path, uninterrupted)
@@ -161,7 +162,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before_and_no_more(
 
 
 def test_resuming_with_other_arguments_is_refused_by_name(uninterrupted: Path) -> None:
-    finished = jobs.run("python", "-m", "launch.train", "--resume", "--lr=0.2", *make_options(uninterrupted))
+    finished = warm.run("-m", "launch.train", "--resume", "--lr=0.2", *make_options(uninterrupted))
     assert finished.returncode == 2
     assert "--lr is 0.2, the checkpoint's is 0.1" in finished.stdout
 

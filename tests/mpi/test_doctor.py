@@ -19,7 +19,8 @@ def test_a_healthy_job(implementation: str) -> None:
         assert f"commit over {transport}: as nn.BatchNorm on the global batch" in finished.stdout
 
 
-@pytest.mark.parametrize("implementation", jobs.IMPLEMENTATIONS)
+# Of the next two each runs under one library: what they say is the doctor's, and both end a job in one way.
+@pytest.mark.parametrize("implementation", ["openmpi"])
 def test_a_mistake_ends_the_job_with_its_remedy(implementation: str) -> None:
     finished = jobs.run(implementation, 2, "-m", "syncaccum.doctor", GLOO_SOCKET_IFNAME="nonesuch0")
     assert finished.returncode != 0
@@ -27,7 +28,7 @@ def test_a_mistake_ends_the_job_with_its_remedy(implementation: str) -> None:
     assert "remedy: set GLOO_SOCKET_IFNAME" in finished.stdout
 
 
-@pytest.mark.parametrize("implementation", jobs.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["mpich"])
 def test_a_store_that_cannot_be_opened_is_named_by_rank_0(implementation: str) -> None:
     with socket.create_server(("", 0)) as taken:
         port = str(taken.getsockname()[1])

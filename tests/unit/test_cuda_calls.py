@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from syncaccum import SyncAccumBatchNorm, commit, lockstep, lookahead
 from syncaccum.layer.measure import measure
+from tests.oracle import assert_close_to_largest
 from tests.unit.stand_in import RefusedError, StandIn, aten, on_cpu, use_stand_in
 from tests.unit.test_passes import channels_first, channels_last, sliced
 
@@ -61,7 +62,7 @@ def assert_trains_as_on_cpu(
             z = there(x)
             actual = [z, *torch.autograd.grad(z, leaves[1], dy)]
         for a, b in zip(actual, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1.0, float(b.detach().abs().max())))
+            assert_close_to_largest(a, b, tolerance)
         assert z.stride() == y.stride()
         for layer in (here, there):
             commit(layer)
@@ -108,9 +109,7 @@ def assert_as_the_whole_batch(
     torch.testing.assert_close(ys.double(), y, rtol=tolerance, atol=4 * tolerance)
     actual = [torch.cat(gradients[: len(parts)]), *gradients[len(parts) :]]
     for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(
-            a.double(), b, rtol=tolerance, atol=tolerance * max(1.0, float(b.detach().abs().max()))
-        )
+        assert_close_to_largest(a.double(), b, tolerance)
 
 
 def run_lockstep(cuda: StandIn, layer: SyncAccumBatchNorm, xs: list[Tensor], dy: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -334,7 +333,7 @@ def test_another_device_gets_plain_operations_and_no_waits(
         actual = [y, *torch.autograd.grad(there(x), [x, *there.parameters()], dy)]
     tolerance = 16 * torch.finfo(dtype).eps  # as above
     for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1.0, float(b.detach().abs().max())))
+        assert_close_to_largest(a, b, tolerance)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

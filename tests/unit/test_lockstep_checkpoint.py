@@ -36,6 +36,13 @@ from tests.unit.test_offload import run_offloaded
 pytestmark = pytest.mark.usefixtures("no_thread_is_left", "nothing_is_left")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _leave_others_alone() -> None:
+    """What other tests left is not walked by each of these."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def nothing_is_left() -> Iterator[None]:
     """No second forward is waited for once the graphs are gone."""

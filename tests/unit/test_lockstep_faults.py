@@ -550,42 +550,52 @@ def test_no_word_where_all_is_exact(case: str, group: None) -> None:
 
 # --- threads --------------------------------------------------------------------------------------------------
 
-# In a process of its own: it gives up root, and a process that OpenMP ends takes pytest with it.
+# In a process of its own, which gives up root: a process that OpenMP ends takes pytest with it.
+# All are forked from one that has imported torch, and has run nothing yet.
 UNDER_A_LIMIT = """
 import os, resource, sys
 import torch
 from torch import nn
 from syncaccum import LockstepError, convert_sync_accum, lockstep
 
-count, team, limit = map(int, sys.argv[1:])
-torch.set_num_threads(team)
-net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16))
-model = convert_sync_accum(net)
-parts = [torch.randn(4, 8, 16, 16) for _ in range(count)]
-expected = torch.cat(lockstep(model, model, parts))
-# Of a user that nobody else is: its threads are counted.
-os.setuid(54321)
-resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
-try:
-    outputs = torch.cat(lockstep(model, model, parts))
-    print("exact" if torch.allclose(outputs, expected, atol=1e-5) else "different")
-except LockstepError as error:
-    print(error)
+def try_limit(count, team, limit):
+    torch.set_num_threads(team)
+    net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16))
+    model = convert_sync_accum(net)
+    parts = [torch.randn(4, 8, 16, 16) for _ in range(count)]
+    expected = torch.cat(lockstep(model, model, parts))
+    # Of a user that nobody else is: its threads are counted.
+    os.setuid(54321)
+    resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
+    try:
+        outputs = torch.cat(lockstep(model, model, parts))
+        print("exact" if torch.allclose(outputs, expected, atol=1e-5) else "different", flush=True)
+    except LockstepError as error:
+        print(error, flush=True)
+
+for limits in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        try_limit(*map(int, limits.split(",")))
+        os._exit(0)
+    print(f"status {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}", flush=True)
 """
+# Micro-batches, OpenMP threads, the limit, and what comes of it.
+LIMITS = [
+    (12, 8, 60, "exact"),  # 84 threads in teams of their own
+    (3, 4, 1000, "exact"),
+    (12, 8, 25, r"12 micro-batches with 8 OpenMP threads .* need 18 more threads"),
+    (24, 1, 20, r"24 micro-batches need 23 threads, and the system refuses"),
+]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux") or os.getuid() != 0, reason="limits threads of another user")
-@pytest.mark.parametrize(
-    ("count", "team", "limit", "says"),
-    [
-        (12, 8, 60, "exact"),  # 84 threads in teams of their own
-        (3, 4, 1000, "exact"),
-        (12, 8, 25, r"12 micro-batches with 8 OpenMP threads .* need 18 more threads"),
-        (24, 1, 20, r"24 micro-batches need 23 threads, and the system refuses"),
-    ],
-)
-def test_a_limit_of_threads_is_kept_or_named(count: int, team: int, limit: int, says: str) -> None:
-    arguments = [sys.executable, "-c", UNDER_A_LIMIT, str(count), str(team), str(limit)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert re.search(says, done.stdout), done.stdout
+def test_a_limit_of_threads_is_kept_or_named() -> None:
+    arguments = [f"{count},{team},{limit}" for count, team, limit, _ in LIMITS]
+    done = subprocess.run(
+        [sys.executable, "-c", UNDER_A_LIMIT, *arguments], capture_output=True, text=True, timeout=200
+    )
+    *printed, rest = re.split(r"status 0\n", done.stdout)
+    assert (done.returncode, rest) == (0, ""), done.stdout + done.stderr
+    for (*limits, says), said in zip(LIMITS, printed, strict=True):
+        assert re.search(says, said), f"{limits}: {said}"

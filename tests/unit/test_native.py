@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,15 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import syncaccum
 from syncaccum import SyncAccumBatchNorm, commit
-from syncaccum.layer import native
+from syncaccum.layer import library, native
 from syncaccum.layer.measure import Measured, measure
 from syncaccum.layer.passes import normalize, normalize_together
 from syncaccum.layer.policies import Batch, Normalizer, Policy, Renorm, Running
+from tests.oracle import assert_close_to_largest
 from tests.unit.test_passes import channels_first, channels_last
 
 EPS = 1e-5
+KERNELS = Path(native.__file__).parent / "kernels"
 needs_them = pytest.mark.skipif(not native.which().startswith("compiled"), reason=f"CPU passes here: {native.which()}")
 
 # One channel, one sample, one position, odd sizes, more than 2^16 lines, rows of several tasks.
@@ -36,10 +40,10 @@ ORDERS = [channels_first, channels_last]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+@contextmanager
+def threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
+    torch.set_num_threads(count)
     yield
     torch.set_num_threads(before)
 
@@ -63,8 +67,19 @@ def train(
     return [y, *torch.autograd.grad(y, inputs, dy)], moments
 
 
+def combinations(shape: tuple[int, ...]) -> list[tuple[str, bool, bool]]:
+    """Policies, and whether there is a weight and a bias: all with all."""
+    channels = shape[1]
+    names, affine = (
+        list(policies(channels, math.prod(shape) // channels)),
+        [(True, True), (False, False), (True, False)],
+    )
+    # Large ones are there for how rows are shared out, which depends on none of these.
+    pairs = zip(names, affine, strict=True) if math.prod(shape) > 30_000 else itertools.product(names, affine)
+    return [(name, *has) for name, has in pairs]
+
+
 @needs_them
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -72,28 +87,27 @@ def test_they_are_as_right_as_the_dtype_allows(
     shape: tuple[int, ...], order: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> None:
     channels = shape[1]
-    for name, policy in policies(channels, torch.Size(shape).numel() // channels).items():
-        for has_weight, has_bias in ((True, True), (False, False), (True, False)):
-            x = order((torch.randn(shape) * 2 + 0.7).to(dtype)).requires_grad_()
-            dy = order(torch.randn(shape).to(dtype))
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            weight = torch.randn(channels, dtype=wide, requires_grad=True) if has_weight else None
-            bias = torch.randn(channels, dtype=wide, requires_grad=True) if has_bias else None
-            assert native.takes(x, weight, bias)
-            actual, moments = train(x, weight, bias, policy, dy)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(native, "_library", None)
-                doubles = [None if t is None else t.detach().double().requires_grad_() for t in (x, weight, bias)]
-                expected, wanted = train(doubles[0], doubles[1], doubles[2], policy, dy.double())
+    made = policies(channels, math.prod(shape) // channels)
+    for name, has_weight, has_bias in combinations(shape):
+        x = order((torch.randn(shape) * 2 + 0.7).to(dtype)).requires_grad_()
+        dy = order(torch.randn(shape).to(dtype))
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        weight = torch.randn(channels, dtype=wide, requires_grad=True) if has_weight else None
+        bias = torch.randn(channels, dtype=wide, requires_grad=True) if has_bias else None
+        assert native.takes(x, weight, bias)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "_library", None)
+            doubles = [None if t is None else t.detach().double().requires_grad_() for t in (x, weight, bias)]
+            expected, wanted = train(doubles[0], doubles[1], doubles[2], made[name], dy.double())
+        for count in (1, 2):
+            with threads(count):
+                actual, moments = train(x, weight, bias, made[name], dy)
             torch.testing.assert_close(moments, wanted, rtol=1e-12, atol=1e-9)  # float64 sums of up to 240,000 values
             for got, exact in zip(actual, expected, strict=True):
                 # One rounding to the dtype, and of factors to float32; float64 sums round in both.
                 rtol = 1e-12 if dtype == torch.float64 else 4 * torch.finfo(got.dtype).eps
-                # Of the largest value: sums may cancel.
-                atol = rtol * max(1.0, float(exact.detach().abs().max()))
-                torch.testing.assert_close(got.double(), exact, rtol=rtol, atol=atol, msg=f"{name}: {{}}".format)
-                if got.shape == x.shape:
-                    assert got.stride() == x.stride()
+                assert_close_to_largest(got.double(), exact, rtol, f"{name}, {count} threads: {{}}".format)
+                assert got.shape != x.shape or got.stride() == x.stride()
 
 
 def train_two_windows(
@@ -111,7 +125,6 @@ def train_two_windows(
 
 
 @needs_them
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
@@ -123,16 +136,18 @@ def test_policy_window_is_as_right_as_the_dtype_allows(
     made = [((torch.randn(shape) * 2 + 0.7).to(dtype), torch.randn(shape).to(dtype)) for _ in range(4)]
     # A weight of another dtype than the data stays float32.
     layer = SyncAccumBatchNorm(shape[1], normalization="window", dtype=torch.promote_types(dtype, torch.float32))
-    exact = copy.deepcopy(layer).double()
+    exact, again = copy.deepcopy(layer).double(), copy.deepcopy(layer)
     actual = train_two_windows(layer, made, order)
+    with threads(2):
+        by_two = train_two_windows(again, made, order)
+    assert all(torch.equal(one, two) for one, two in zip(actual, by_two, strict=True))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "_library", None)
         expected = train_two_windows(exact, [(x.double(), dy.double()) for x, dy in made], order)
     for got, wanted in zip(actual, expected, strict=True):
         # As above; in float64 a window's variance is a difference of sums.
         rtol = 1e-11 if dtype == torch.float64 else 4 * torch.finfo(got.dtype).eps
-        atol = rtol * max(1.0, float(wanted.detach().abs().max()))
-        torch.testing.assert_close(got.double(), wanted, rtol=rtol, atol=atol)
+        assert_close_to_largest(got.double(), wanted, rtol)
 
 
 @needs_them
@@ -179,12 +194,11 @@ def test_a_backward_that_is_watched_gives_the_same_gradients(policy: str) -> Non
 @pytest.mark.parametrize("order", ORDERS)
 def test_results_do_not_depend_on_the_number_of_threads(order: Callable[[Tensor], Tensor]) -> None:
     x, dy = order(torch.randn(8, 32, 28, 28)).requires_grad_(), order(torch.randn(8, 32, 28, 28))
-    weight, results, before = torch.randn(32, requires_grad=True), [], torch.get_num_threads()
+    weight, results = torch.randn(32, requires_grad=True), []
     for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        outputs, moments = train(x, weight, None, policies(32, 2)["batch"], dy)
+        with threads(count):
+            outputs, moments = train(x, weight, None, policies(32, 2)["batch"], dy)
         results.append([*outputs, moments])
-    torch.set_num_threads(before)
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
@@ -292,17 +306,11 @@ def test_vectors_of_another_length_are_an_error_and_not_read() -> None:
             native.apply(x, (norm, ones, None, None, None), weight, None)
 
 
-@pytest.mark.parametrize("setting", ["0", "1"])
-def test_an_environment_variable_switches_them_off(setting: str) -> None:
-    code = "from syncaccum.layer import native; print(native.which())"
-    root = str(Path(syncaccum.__file__).parents[1])
-    environment = {**os.environ, "SYNCACCUM_NATIVE": setting, "PYTHONPATH": root}
-    told = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
-    if setting == "0":
-        assert told.stdout == "torch (SYNCACCUM_NATIVE=0 switched them off)\n"
-    else:
-        assert "SYNCACCUM_NATIVE" not in told.stdout
-        assert told.stdout.startswith(("compiled", "torch ("))
+def test_an_environment_variable_switches_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNCACCUM_NATIVE", "0")
+    assert library.load() == (None, "torch (SYNCACCUM_NATIVE=0 switched them off)")
+    monkeypatch.setenv("SYNCACCUM_NATIVE", "1")
+    assert "SYNCACCUM_NATIVE" not in library.load()[1]
 
 
 @needs_them
@@ -316,24 +324,24 @@ def test_an_environment_variable_switches_them_off(setting: str) -> None:
     ],
     ids=["as it was", "another struct", "another fold", "other flags"],
 )
-def test_a_library_of_another_source_is_refused(name: str, before: str, after: str, which: str, tmp_path: Path) -> None:
+def test_a_library_of_another_source_is_refused(
+    name: str, before: str, after: str, which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its structs may have other fields: it would give wrong numbers without a word."""
-    copied = tmp_path / "syncaccum"
-    shutil.copytree(Path(syncaccum.__file__).parent, copied, ignore=shutil.ignore_patterns("__pycache__"))
-    source = copied / "layer/kernels" / name
-    text = source.read_text()
+    copied = shutil.copytree(KERNELS, tmp_path / "kernels")
+    text = (copied / name).read_text()
     assert before in text
-    source.write_text(text.replace(before, after))
-    code = "from syncaccum.layer import native; print(native.which())"
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    told = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert which in told.stdout
+    (copied / name).write_text(text.replace(before, after))
+    build = runpy.run_path(str(copied / "build.py"))
+    for asked in ("is_current", "library_for"):
+        monkeypatch.setattr(library, asked, build[asked])
+    loaded, told = library.load()
+    assert which in told
+    assert (loaded is None) == (which != "compiled")
 
 
 def test_a_build_without_a_compiler_says_so_and_fails_nothing(tmp_path: Path) -> None:
-    script = Path(native.__file__).parent / "kernels/build.py"
     environment = {**os.environ, "CXX": str(tmp_path / "no-such-compiler")}
-    told = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    told = subprocess.run([sys.executable, str(KERNELS / "build.py")], env=environment, capture_output=True, text=True)
     assert told.returncode == 0
     assert "no C++ compiler" in told.stderr

@@ -99,6 +99,34 @@ def test_a_layer_without_statistics_is_left_out() -> None:
     commit_parts_on_steps(model, optimizers)
 
 
+def test_a_layer_whose_statistics_are_switched_off_for_a_while_is_committed() -> None:
+    """Some wrappers switch the flag off around forwards that are not to count."""
+    model = make_model()
+    optimizers = [make_optimizer(*part.parameters()) for part in model.values()]
+    for part in model.values():
+        part[1].track_running_stats = False
+    commit_parts_on_steps(model, optimizers)
+    for part in model.values():
+        part[1].track_running_stats = True
+    feed(model)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert counts(model) == [1, 1]
+
+
+def test_a_layer_whose_statistics_were_taken_away_is_left_out() -> None:
+    """TENT's recipe keeps the flag on."""
+    model = make_model()
+    layer = model["first"][1]
+    layer.running_mean = layer.running_var = None
+    optimizers = [make_optimizer(*part.parameters()) for part in model.values()]
+    commit_parts_on_steps(model, optimizers)
+    feed(model)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert counts(model)[1] == 1
+
+
 def test_errors_name_layers_as_the_model_does() -> None:
     model = make_model()
     optimizers = [make_optimizer(*part.parameters()) for part in model.values()]

@@ -64,6 +64,15 @@ def make_converted(policy: str) -> Net:
     return convert_sync_accum(make_plain(), normalization=policy)
 
 
+def make_trained(policy: str, seed: int = 0) -> tuple[Net, Net]:
+    """A converted net and its plain twin after one window."""
+    model, plain = make_converted(policy), make_plain()
+    for m in (model, plain):
+        m(draw(3, seed))
+    commit(model)
+    return model, plain
+
+
 def draw(n: int, seed: int) -> Tensor:
     return torch.randn(n, 3, 5, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3 + 2
 
@@ -191,11 +200,8 @@ def test_a_saved_training_graph_is_refused_without_its_model(policy: str) -> Non
 @LOADED
 @every_policy
 def test_an_exported_eval_graph_is_batch_norms_and_can_be_saved(policy: str) -> None:
-    model, plain = make_converted(policy), make_plain()
+    model, plain = make_trained(policy)
     x = draw(3, 0)
-    for m in (model, plain):
-        m(x)
-    commit(model)
     program = torch.export.export(model.eval(), (x,))
     assert "syncaccum" not in str(program.graph)
     file = io.BytesIO()
@@ -207,10 +213,7 @@ def test_an_exported_eval_graph_is_batch_norms_and_can_be_saved(policy: str) -> 
 @SCRIPTED
 @every_policy
 def test_jit_trace_of_an_eval_forward_is_batch_norms(policy: str) -> None:
-    model, plain = make_converted(policy), make_plain()
-    for m in (model, plain):
-        m(draw(3, 0))
-    commit(model)
+    model, plain = make_trained(policy)
     traced = torch.jit.trace(model.eval(), draw(3, 0))
     x = draw(7, 1)
     torch.testing.assert_close(traced(x), plain.eval()(x))
@@ -228,10 +231,7 @@ def test_jit_trace_of_a_training_forward_is_refused(policy: str) -> None:
 @SCRIPTED
 @every_policy
 def test_jit_script_names_the_layer_and_the_remedy(policy: str) -> None:
-    model, plain = make_converted(policy), make_plain()
-    for m in (model, plain):
-        m(draw(3, 0))
-    commit(model)
+    model, plain = make_trained(policy)
     with pytest.raises(RuntimeError, match=r"layer bn1.*revert_sync_accum\(copy\.deepcopy\(model\)\)"):
         torch.jit.script(model)
     scripted: Any = torch.jit.script(revert_sync_accum(copy.deepcopy(model)))
@@ -257,7 +257,7 @@ def test_compile_makes_one_graph_for_all_sizes_before_and_after_a_commit(policy:
 
 
 @pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning")  # its own
-@every_policy
+@pytest.mark.parametrize("policy", ["renorm", "window"])  # "running" has no operator that these have not
 def test_compiled_autograd_walks_the_same_backward(policy: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -501,7 +501,7 @@ def test_replicas_of_data_parallel_share_their_layers_windows(policy: str) -> No
             thread.start()
         for thread in threads:
             thread.join()
-        commit(model)
+        assert commit(model).values["bn1"] == sum(map(len, window)) * 9
         plain(torch.cat(window))
         assert_same_layers(model, plain)
 
@@ -552,21 +552,24 @@ def test_functional_call_with_other_buffers_normalises_with_these() -> None:
         torch.testing.assert_close(functional_call(model, given, (x,)), expected)
 
 
-@every_policy
-@pytest.mark.parametrize("compiled", ["function", "function of a copy", "model"])
+# One operator refuses for all policies but "window", which has its own; to compile them all takes long.
+@pytest.mark.parametrize(
+    ("compiled", "policy"),
+    [("function", "renorm"), ("function", "window"), ("function of a copy", "running"), ("model", "renorm")],
+)
 def test_other_buffers_are_refused_in_compiled_code(policy: str, compiled: str) -> None:
     torch._dynamo.reset()
     model: Any = make_converted(policy)
     if compiled == "function of a copy":
         model = copy.deepcopy(model)
     if compiled == "model":
-        model = torch.compile(model, backend="aot_eager", fullgraph=True)
+        model = torch.compile(model, backend="eager", fullgraph=True)
 
     def call(buffers: dict[str, Tensor], x: Tensor) -> Any:
         return functional_call(model, buffers, (x,))
 
     if compiled != "model":
-        call = torch.compile(call, backend="aot_eager", fullgraph=True)
+        call = torch.compile(call, backend="eager", fullgraph=True)
     own, x = dict(model.named_buffers()), draw(4, 0)
     call(own, x)
     with pytest.raises(RuntimeError, match="layer bn1 other running statistics in compiled code"):
@@ -596,10 +599,7 @@ def test_buffers_that_were_replaced_are_the_layers_own(policy: str) -> None:
 
 @every_policy
 def test_func_grad_is_autograds_and_counts_once(policy: str) -> None:
-    model, plain = make_converted(policy), make_plain()
-    for m in (model, plain):
-        m(draw(3, 5))
-    commit(model)
+    model, plain = make_trained(policy, seed=5)
     x = draw(3, 0)
 
     def loss(parameters: dict[str, Tensor]) -> Tensor:
@@ -621,7 +621,7 @@ def test_func_grad_is_autograds_and_counts_once(policy: str) -> None:
 def test_vmap_is_refused_in_training_and_batch_norms_in_eval(policy: str) -> None:
     model, plain = make_converted(policy), make_plain()
     xs = torch.stack([draw(3, 0), draw(3, 1)])
-    with pytest.raises(RuntimeError, match=r"under torch\.vmap .* in eval mode"):
+    with pytest.raises(RuntimeError, match=r"under torch\.vmap would be a micro-batch for each example.* in eval mode"):
         torch.vmap(model)(xs)
     assert model.bn1.window.count == 0
     torch.testing.assert_close(torch.vmap(model.eval())(xs), torch.vmap(plain.eval())(xs))
