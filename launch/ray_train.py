@@ -8,7 +8,6 @@ Needs `pip install syncaccum ray[train] scikit-learn`.
 import argparse
 from typing import Any
 
-import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -22,7 +21,7 @@ from syncaccum import commit_on_step, convert_sync_accum
 GLOBAL_BATCH, MICRO_BATCH, TEST_IMAGES = 64, 4, 360
 
 
-def train(settings: dict[str, Any]) -> None:
+def train(settings: dict[str, Any]) -> float:
     torch.manual_seed(0)
     images, classes = (torch.tensor(values) for values in load_digits(return_X_y=True))
     data = TensorDataset(images.float().view(-1, 1, 8, 8) / 8 - 1, classes)
@@ -35,6 +34,7 @@ def train(settings: dict[str, Any]) -> None:
     loader: Any = ray.train.torch.prepare_data_loader(DataLoader(training, MICRO_BATCH, shuffle=True, drop_last=True))
     window = GLOBAL_BATCH // MICRO_BATCH // ray.train.get_context().get_world_size()
 
+    accuracy = 0.0
     for _ in range(settings["epochs"]):
         for number, (x, y) in enumerate(loader, 1):
             (F.cross_entropy(model(x), y) / window).backward()
@@ -45,8 +45,9 @@ def train(settings: dict[str, Any]) -> None:
         x, y = next(iter(DataLoader(testing, TEST_IMAGES)))
         accuracy = (model(x).argmax(1) == y).double().mean().item()
         model.train()
-        assert handle.report is not None
-        ray.train.report({"accuracy": accuracy, **handle.report.as_dict()})
+        report = handle.report.as_dict() if handle.report else {}
+        ray.train.report({"accuracy": accuracy, **report})
+    return accuracy
 
 
 if __name__ == "__main__":
@@ -58,4 +59,4 @@ if __name__ == "__main__":
         train, train_loop_config={"epochs": arguments.epochs}, torch_config=ray.train.torch.TorchConfig("gloo"),
         scaling_config=ray.train.ScalingConfig(num_workers=arguments.workers),
     )  # fmt: skip
-    print(f"test accuracy {trainer.fit().metrics['accuracy']:.1%}")
+    print(f"test accuracy {trainer.fit().return_value:.1%}")

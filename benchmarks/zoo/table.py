@@ -17,26 +17,29 @@ _REMEDIES: dict[str, str] = {}
 _HEAD = """\
 # The zoo
 
-Models of {libraries}, each built without a download, and small: of each family, and of each beginning of its
-models' names, the smallest. {passed} of {tried} pass. Each was
+Models of {libraries}.
+Each is built without a download, and small: of each family one of each beginning of its models' names.
+
+**{passed} of {tried} pass.** Each was
 
 - converted by `convert_sync_accum`, with no BatchNorm that tracks statistics left behind;
-- trained for two windows with frozen weights, each of a micro-batch of two examples and one of one, forward and backward. In a
-  window no running statistics moved;
-- committed, and compared with nn.BatchNorm in float64 on the whole window that each layer saw: the largest difference is {error:.0e}
-  of what it saw, and more than {tolerance:.0e} fails. Running statistics are kept in float32;
-- put in eval mode, and reverted: eval gave the same bits before and after, and keys and classes are those of the beginning.
+- trained for two windows with frozen weights, each of a micro-batch of two examples and one of one, forward and backward.
+  In a window no running statistics moved;
+- committed, and compared with nn.BatchNorm in float64 on the whole window that each layer saw. The largest difference is
+  {error:.0e} of what it saw, and more than {tolerance:.0e} fails. Running statistics are kept in float32;
+- put in eval mode, and reverted: eval gave the same bits before and after, and keys and classes are the first ones.
 
-`make zoo` does it again and writes this page. Layers that no micro-batch reached, such as those of an unused head, are in brackets.
+`make zoo` does it again and writes this page. Layers that no micro-batch reached, such as those of an unused head, are
+in brackets.
 """
 
 
 def write_page(found: dict[str, Any]) -> None:
     """Write the page anew, of all that was tried."""
-    _PAGE.write_text("\n".join(_write_lines(found)) + "\n")
+    _PAGE.write_text("\n".join(write_lines(found)) + "\n")
 
 
-def _write_lines(found: dict[str, Any]) -> Iterator[str]:
+def write_lines(found: dict[str, Any]) -> Iterator[str]:
     tried = {name: [one for one in library["models"] if one["outcome"]] for name, library in found.items()}
     everything = [one for models in tried.values() for one in models]
     passed = [one["outcome"] for one in everything if not one["outcome"]["failure"]]

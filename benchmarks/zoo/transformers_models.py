@@ -33,7 +33,7 @@ _ENTRIES: list[_Entry] = [
     (
         "CvtForImageClassification",
         "CvtConfig",
-        {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 1, 2]},
+        {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 2, 3]},
         _images(64),
     ),
     (
@@ -177,7 +177,9 @@ _ENTRIES: list[_Entry] = [
         {"hidden_size": 24, "encoder_layers": 1, "decoder_layers": 1},
         lambda size: {
             "input_ids": torch.randint(3, 80, (size, 7)),
+            "attention_mask": torch.ones(size, 7, dtype=torch.long),
             "labels": torch.randn(size, 8, 80),
+            "decoder_attention_mask": torch.ones(size, 8, dtype=torch.long),
             "speaker_embeddings": torch.randn(size, 512),
         },
     ),

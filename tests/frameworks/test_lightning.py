@@ -136,10 +136,15 @@ def launched(rank: Rank) -> Iterator[None]:
 
 def check_fit(ranks: int) -> None:
     network = Network()
-    trainer = make_trainer(SyncAccumCallback(), ranks)
+    callback = SyncAccumCallback()
+    trainer = make_trainer(callback, ranks)
+    assert callback.report is None
     trainer.fit(network, make_loader(ranks))
     assert network.windows == [4, 4, 2] * 2
     assert trainer.global_step == len(network.windows)
+    assert callback.report is not None
+    assert callback.report.ranks == ranks
+    assert callback.report.values["net.1"] == ranks * 2 * SIZE  # of the short window at the end
 
 
 def test_each_step_commits_its_window() -> None:

@@ -113,8 +113,13 @@ class Watch(TrainerCallback):
 
 def check_training(ranks: int, folder: Path) -> None:
     watch = Watch()
-    trainer = make_trainer(make_model(), folder, ranks=ranks, callbacks=[SyncAccumTrainerCallback(), watch])
+    callback = SyncAccumTrainerCallback()
+    trainer = make_trainer(make_model(), folder, ranks=ranks, callbacks=[callback, watch])
+    assert callback.report is None
     trainer.train()
+    assert callback.report is not None
+    assert callback.report.ranks == ranks
+    assert callback.report.as_dict("")["max_values"] == ranks * 2 * SIZE * 64  # the short window's; images of 8 by 8
     assert watch.windows == [4, 4, 2] * 2
     assert trainer.state.global_step == len(watch.windows)
 

@@ -58,7 +58,8 @@ def check_training(accelerator: Any) -> tuple[nn.Module, list[int]]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loader: Any = DataLoader(TensorDataset(examples), batch_size=4)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    sync_accum(accelerator, model, optimizer)
+    handle = sync_accum(accelerator, model, optimizer)
+    assert handle.report is None
     oracle = Oracle(model)
     layer: Any = accelerator.unwrap_model(model)[1]
     windows: list[int] = []
@@ -71,6 +72,8 @@ def check_training(accelerator: Any) -> tuple[nn.Module, list[int]]:
         seen += 1
         if layer.num_batches_tracked > len(windows):
             oracle.check_commit()
+            assert handle.report is not None
+            assert set(handle.report.values.values()) == {ranks * 4 * seen}
             windows.append(seen)
             seen = 0
             assert layer.window.count == 0
