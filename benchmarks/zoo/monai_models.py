@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
-from monai.networks import nets
 
 from benchmarks.zoo.families import Built, Model
+
+nets: Any = import_module("monai.networks.nets")  # it does not export what it has
 
 _WIDTHS = {"channels": (8, 16, 32), "strides": (2, 2)}
 _PLAIN = {"spatial_dims": 2, "in_channels": 1, "out_channels": 2}
@@ -46,7 +48,7 @@ _NETWORKS: dict[str, Callable[[], Any]] = {
 }
 
 _SIZES = {
-    "AHNet": (1, 128, 128), "DAF3D": (1, 32, 32, 32), "DynUNet": (1, 64, 64), "Generator": (64,), 
+    "AHNet": (1, 128, 128), "DAF3D": (1, 32, 32, 32), "DynUNet": (1, 64, 64), "Generator": (64,),
     "HoVerNet": (3, 256, 256), "SEResNet50": (3, 64, 64), "SEResNext50": (3, 64, 64),
 }  # fmt: skip
 """Of one example, where it is no image of one channel and 64 by 64."""

@@ -23,10 +23,10 @@ Each is built without a download, and small: of each family one of each beginnin
 **{passed} of {tried} pass.** Each was
 
 - converted by `convert_sync_accum`, with no BatchNorm that tracks statistics left behind;
-- trained for two windows with frozen weights, each of a micro-batch of two examples and one of one, forward and backward.
-  In a window no running statistics moved;
-- committed, and compared with nn.BatchNorm in float64 on the whole window that each layer saw. The largest difference is
-  {error:.0e} of what it saw, and more than {tolerance:.0e} fails. Running statistics are kept in float32;
+- trained for two windows with frozen weights, each of a micro-batch of two examples and one of one, forward and
+  backward. In a window no running statistics moved;
+- committed, and compared with nn.BatchNorm in float64 on the whole window that each layer saw. The largest difference
+  is {error:.0e} of what it saw, and more than {tolerance:.0e} fails. Running statistics are kept in float32;
 - put in eval mode, and reverted: eval gave the same bits before and after, and keys and classes are the first ones.
 
 `make zoo` does it again and writes this page. Layers that no micro-batch reached, such as those of an unused head, are

@@ -85,7 +85,7 @@ class SyncAccumCallback(Callback):  # type: ignore[misc] # not installed where t
 
     @property
     def report(self) -> CommitReport | None:
-        """Of the last commit; None before the first. Of several optimizers' commits, that of the last in their order."""
+        """Of the last commit, and of several optimizers' that of the last in their order; None before the first."""
         reports = [handle.report for handle in self._handles if handle.report is not None]
         return reports[-1] if reports else self._report
 

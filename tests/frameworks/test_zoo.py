@@ -26,7 +26,7 @@ SAMPLE = {
 """How many layers each has."""
 
 
-@pytest.mark.parametrize("library, name", SAMPLE)
+@pytest.mark.parametrize(("library", "name"), SAMPLE)
 def test_a_model_passes(library: str, name: str) -> None:
     torch.manual_seed(0)
     outcome = try_model(*import_module(f"benchmarks.zoo.{library}_models").build(name))
@@ -51,7 +51,7 @@ class Scaled(nn.BatchNorm1d):
 
 
 @pytest.mark.parametrize(
-    "kind, failure", [(Moving, "moved within a window"), (Scaled, "statistics differ from nn.BatchNorm's by")]
+    ("kind", "failure"), [(Moving, "moved within a window"), (Scaled, "statistics differ from nn.BatchNorm's by")]
 )
 def test_a_trial_finds_what_is_wrong(kind: type[nn.BatchNorm1d], failure: str) -> None:
     model = nn.Sequential(nn.Linear(3, 4), kind(4), nn.Linear(4, 1))

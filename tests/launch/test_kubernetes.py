@@ -38,7 +38,9 @@ def test_the_manifest_is_as_the_published_schema_wants_it() -> None:
     validate(MANIFEST)
 
 
-@pytest.mark.parametrize("field, value", [("numNodes", "two"), ("nodes", 2), ("command", "torchrun launch/train.py")])
+@pytest.mark.parametrize(
+    ("field", "value"), [("numNodes", "two"), ("nodes", 2), ("command", "torchrun launch/train.py")]
+)
 def test_the_schema_finds_a_wrong_field(field: str, value: object) -> None:
     trainer = {**MANIFEST["spec"]["trainer"], field: value}
     with pytest.raises(ValidationError, match=field if field == "nodes" else str(value)):
