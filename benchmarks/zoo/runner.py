@@ -31,7 +31,7 @@ LIBRARIES = {
 """Names of packages, by what the modules beside this one are called."""
 
 _FILE = RESULTS / "zoo.json"
-_MODELS_A_PROCESS = 10
+_MODELS_A_PROCESS = 20
 
 Found = dict[str, Any]
 """What the file holds of a library: its version, and its models with their outcomes, or None where not tried yet."""

@@ -117,6 +117,21 @@ def step(accelerator: Any, model: Any, optimizer: Any, x: torch.Tensor) -> None:
         optimizer.zero_grad()
 
 
+def test_a_step_that_gradient_scaling_skips_leaves_its_window_to_the_next() -> None:
+    with accelerator({}, steps=1) as alone:
+        # Of float16, for which accelerate wants a GPU.
+        alone.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+        model, optimizer = prepare(alone)
+        handle = sync_accum(alone, model, optimizer)
+        for factor in (float("inf"), 1.0):
+            alone.backward(model(torch.randn(4, 3, dtype=torch.float64)).square().mean() * factor)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert optimizer.step_was_skipped is (factor != 1.0)
+            assert (handle.report is None) is (factor != 1.0)
+        assert handle.report.values == {"1": 8, "4": 8}
+
+
 def check_checkpoint(accelerator: Any, folder: Path) -> None:
     """A window of three of which two were before the checkpoint."""
     model, optimizer = prepare(accelerator)
