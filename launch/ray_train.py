@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from syncaccum import commit_on_step, convert_sync_accum
 
-GLOBAL_BATCH, MICRO_BATCH, TEST_IMAGES = 64, 4, 360
+MICRO_BATCH, WINDOW, TEST_IMAGES = 4, 8, 360  # window: micro-batches of each worker
 
 
 def train(settings: dict[str, Any]) -> float:
@@ -32,21 +32,19 @@ def train(settings: dict[str, Any]) -> float:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     handle = commit_on_step(model, optimizer)
     loader: Any = ray.train.torch.prepare_data_loader(DataLoader(training, MICRO_BATCH, shuffle=True, drop_last=True))
-    window = GLOBAL_BATCH // MICRO_BATCH // ray.train.get_context().get_world_size()
 
     accuracy = 0.0
     for _ in range(settings["epochs"]):
         for number, (x, y) in enumerate(loader, 1):
-            (F.cross_entropy(model(x), y) / window).backward()
-            if number % window == 0 or number == len(loader):
+            (F.cross_entropy(model(x), y) / WINDOW).backward()
+            if number % WINDOW == 0 or number == len(loader):
                 optimizer.step()  # commits the BatchNorm statistics, too
                 optimizer.zero_grad()
         model.eval()
         x, y = next(iter(DataLoader(testing, TEST_IMAGES)))
         accuracy = (model(x).argmax(1) == y).double().mean().item()
         model.train()
-        report = handle.report.as_dict() if handle.report else {}
-        ray.train.report({"accuracy": accuracy, **report})
+        ray.train.report({"accuracy": accuracy, **(handle.report.as_dict() if handle.report else {})})
     return accuracy
 
 
