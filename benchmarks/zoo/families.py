@@ -56,8 +56,7 @@ def _find_small(group: Iterable[str], make: Callable[[str], Any]) -> Iterator[st
     found: list[tuple[int, str]] = []
     without = 0
     for name in group:
-        with torch.device("meta"):  # no memory
-            model = make(name)
+        model = _make_empty(name, make)
         without += not _has_batch_norm(model)
         if without == 3:
             return
@@ -66,6 +65,15 @@ def _find_small(group: Iterable[str], make: Callable[[str], Any]) -> Iterator[st
             if found[-1][0] <= _SMALL:
                 break
     yield from (name for parameters, name in sorted(found)[:1] if parameters <= LARGEST)
+
+
+def _make_empty(name: str, make: Callable[[str], Any]) -> Any:
+    """Without memory, unless its constructor looks at values."""
+    try:
+        with torch.device("meta"):
+            return make(name)
+    except RuntimeError:
+        return make(name)
 
 
 def _has_batch_norm(model: nn.Module) -> bool:

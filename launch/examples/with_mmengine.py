@@ -23,13 +23,13 @@ from syncaccum import commit_on_step, convert_sync_accum, discard
 GLOBAL_BATCH, MICRO_BATCH, TEST_IMAGES = 64, 4, 360
 
 
-class SyncAccumHook(Hook):
+class SyncAccumHook(Hook):  # type: ignore[misc]
     def before_train(self, runner: Any) -> None:
         discard(convert_sync_accum(runner.model))
         commit_on_step(runner.model, runner.optim_wrapper)
 
 
-class Network(BaseModel):
+class Network(BaseModel):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(

@@ -144,9 +144,8 @@ def test_each_step_commits_the_window_of_two_ranks(rank: Rank) -> None:
 
 def test_a_compiled_model_trains_as_it_does_uncompiled(tmp_path: Path) -> None:
     models = [make_model(), make_model()]
-    for model, settings in zip(
-        models, [{"torch_compile": True, "torch_compile_backend": "aot_eager"}, {}], strict=True
-    ):
+    compiled: dict[str, Any] = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    for model, settings in zip(models, [compiled, {}], strict=True):
         callback = SyncAccumTrainerCallback()
         make_trainer(model, tmp_path, callbacks=[callback], num_train_epochs=1, **settings).train()
         assert callback.report is not None
@@ -157,7 +156,8 @@ def make_mobilevit() -> Any:
     """Its checkpoints are around blocks with BatchNorm."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [4, 4, 4, 8, 8, 8, 16]}
-    config = MobileViTConfig(num_channels=1, image_size=64, num_attention_heads=2, num_labels=3, **sizes)
+    sizes |= {"num_channels": 1, "image_size": 64, "num_attention_heads": 2, "num_labels": 3}
+    config = MobileViTConfig(**sizes)
     config.hidden_dropout_prob = config.classifier_dropout_prob = config.attention_probs_dropout_prob = 0.0
     model: Any = MobileViTForImageClassification(config).double()
     model.accepts_loss_kwargs = False
@@ -168,7 +168,10 @@ def make_mobilevit() -> Any:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_forward_that_checkpoints_repeat_counts_once(reentrant: bool, tmp_path: Path) -> None:
     models = [make_mobilevit(), make_mobilevit()]
-    checkpointed = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    checkpointed: dict[str, Any] = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+    }
     watch, forwards = Watch(), Counter[int]()
     for index, (model, settings) in enumerate(zip(models, [checkpointed, {}], strict=True)):
         for layer in model.modules():
