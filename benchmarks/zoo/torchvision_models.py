@@ -40,7 +40,8 @@ def build(name: str) -> Built:
     if "optical_flow" in family:
         return model, lambda size: model(torch.randn(size, 3, 128, 128), torch.randn(size, 3, 128, 128))
     if "video" in family:
-        return model, lambda size: model(torch.randn(size, 3, 16, 112, 112))
+        side = 224 if name == "s3d" else 112
+        return model, lambda size: model(torch.randn(size, 3, 16, side, side))
     # In training, heads in the middle want more than eval does.
     sides = [224] if "maxvit" in name or "googlenet" in name else [299] if "inception" in name else [64, 128]
     return with_images(model, lambda size, side: torch.randn(size, 3, side, side), sides)
