@@ -8,7 +8,7 @@ DOCS := .venv-docs
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-frameworks faults test-multinode check format bench equivalence clean
+.PHONY: help demo test test-fast test-frameworks zoo faults test-multinode check format bench equivalence clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -63,6 +63,9 @@ $(FRAMEWORKS)/.installed: tests/frameworks/requirements.txt
 
 test-frameworks: $(FRAMEWORKS)/.installed ## run the tests with Lightning, transformers, timm, fastai; installs 6 GB, some of it CUDA
 	$(FRAMEWORKS)/bin/python -m pytest tests/frameworks $(ARGS)
+
+zoo: $(FRAMEWORKS)/.installed ## try every BatchNorm family of timm, torchvision, smp, transformers, monai; writes docs/zoo.md
+	OMP_NUM_THREADS=1 $(FRAMEWORKS)/bin/python -m benchmarks.zoo $(ARGS)
 
 test-multinode: $(INSTALLED) ## run the tests that span nodes, in clusters of containers; docker/engine.sh gets an engine
 	docker/run.sh $(ARGS)

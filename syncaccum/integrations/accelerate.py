@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -13,10 +12,10 @@ from syncaccum.errors import LockstepError
 from syncaccum.layer import surroundings
 from syncaccum.layer.convert import convert_sync_accum
 from syncaccum.layer.settings import DEFAULT_POLICY
-from syncaccum.window.commit import OnNonFinite
+from syncaccum.window.commit import CommitReport, OnNonFinite
 from syncaccum.window.counted import discard
 from syncaccum.window.saved import gather_window_state_dict, load_window_state_dict
-from syncaccum.window.step_hook import commit_on_step
+from syncaccum.window.step_hook import CommitHandle, commit_on_step
 
 
 def sync_accum(
@@ -49,7 +48,8 @@ def sync_accum(
         on_nonfinite: "raise" or "discard", see :func:`commit_on_step`.
 
     Returns:
-        A handle; ``handle.remove()`` ends commits and checkpoints of windows.
+        A handle; ``handle.remove()`` ends commits and checkpoints of windows. ``handle.report`` is what the last
+        commit did.
 
     Raises:
         NoLayersError: the model has no BatchNorm that tracks statistics.
@@ -68,21 +68,27 @@ def sync_accum(
     discard(model)
     commits = commit_on_step(model, optimizer, timeout=timeout, on_nonfinite=on_nonfinite)
     refusal = model.register_forward_pre_hook(lambda *_: _refuse_part_of_window(accelerator))
-    return SyncAccumHandle(windows, model, [commits, refusal])
+    return SyncAccumHandle(windows, model, commits, refusal)
 
 
 class SyncAccumHandle:
     """What ``sync_accum`` returns: ``remove()`` ends it."""
 
-    def __init__(self, windows: _Windows, model: nn.Module, handles: Sequence[Any]) -> None:
+    def __init__(self, windows: _Windows, model: nn.Module, commits: CommitHandle, refusal: Any) -> None:
         self._windows = windows
         self._model = model
-        self._handles = handles
+        self._commits = commits
+        self._refusal = refusal
+
+    @property
+    def report(self) -> CommitReport | None:
+        """Of the last commit; None before the first."""
+        return self._commits.report
 
     def remove(self) -> None:
         """Commit no more, and leave checkpoints alone."""
-        for handle in self._handles:
-            handle.remove()
+        self._commits.remove()
+        self._refusal.remove()
         self._windows.remove(self._model)
 
 

@@ -8,7 +8,7 @@ from fastai.callback.core import Callback
 
 from syncaccum.layer.convert import convert_sync_accum
 from syncaccum.layer.settings import DEFAULT_POLICY
-from syncaccum.window.commit import OnNonFinite, check_on_nonfinite, commit_layers, to_seconds
+from syncaccum.window.commit import CommitReport, OnNonFinite, check_on_nonfinite, commit_layers, to_seconds
 from syncaccum.window.counted import discard
 from syncaccum.window.layers import tracking_layers
 
@@ -23,6 +23,9 @@ class SyncAccumCallback(Callback):  # type: ignore[misc] # fastai has no types
         normalization: the policy, see :class:`SyncAccumBatchNorm`.
         timeout: of each commit, see :func:`commit`.
         on_nonfinite: "raise" or "discard", see :func:`commit_on_step`.
+
+    Attributes:
+        report: of the last commit, a :class:`CommitReport`; None before the first.
 
     Raises:
         NoLayersError: when a fit begins, the model has no BatchNorm that tracks statistics.
@@ -45,6 +48,7 @@ class SyncAccumCallback(Callback):  # type: ignore[misc] # fastai has no types
         self._timeout = to_seconds(timeout)
         self._on_nonfinite: OnNonFinite = on_nonfinite
         self._was_skipped = False
+        self.report: CommitReport | None = None
 
     def before_fit(self) -> None:
         """Convert, and drop what another fit has left."""
@@ -59,7 +63,7 @@ class SyncAccumCallback(Callback):  # type: ignore[misc] # fastai has no types
         """Commit. fastai comes here after skipped steps, too, but not after those that accumulation puts off."""
         # No hook on the optimizer: fastai's own are none of torch's.
         if not self._was_skipped:
-            commit_layers(tracking_layers(self.learn.model), self._timeout, self._on_nonfinite)
+            self.report = commit_layers(tracking_layers(self.learn.model), self._timeout, self._on_nonfinite)
         self._was_skipped = False
 
     def after_fit(self) -> None:

@@ -15,7 +15,7 @@ from syncaccum.integrations.lightning_windows import WholeWindows
 from syncaccum.integrations.parts import commit_parts_on_steps
 from syncaccum.layer.convert import convert_sync_accum
 from syncaccum.layer.settings import DEFAULT_POLICY
-from syncaccum.window.commit import OnNonFinite
+from syncaccum.window.commit import CommitReport, OnNonFinite
 from syncaccum.window.counted import discard
 from syncaccum.window.saved import gather_window_state_dict, load_window_state_dict
 from syncaccum.window.step_hook import CommitHandle
@@ -79,7 +79,15 @@ class SyncAccumCallback(Callback):  # type: ignore[misc] # not installed where t
         self._micro_batch = micro_batch
         self._settings: dict[str, Any] = {"timeout": timeout, "on_nonfinite": on_nonfinite}
         self._loaded: Mapping[str, Tensor] | None = None
-        self._handles: Sequence[CommitHandle | WholeWindows] = ()
+        self._handles: Sequence[CommitHandle] = ()
+        self._whole_windows: WholeWindows | None = None
+        self._report: CommitReport | None = None
+
+    @property
+    def report(self) -> CommitReport | None:
+        """Of the last commit, and of several optimizers' that of the last in their order; None before the first."""
+        reports = [handle.report for handle in self._handles if handle.report is not None]
+        return reports[-1] if reports else self._report
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Convert, before the strategy wraps the model."""
@@ -102,10 +110,9 @@ class SyncAccumCallback(Callback):  # type: ignore[misc] # not installed where t
         if self._loaded is not None:
             load_window_state_dict(pl_module, self._loaded)
             self._loaded = None
-        handles: list[Any] = commit_parts_on_steps(pl_module, trainer.optimizers, **self._settings)
+        self._handles = commit_parts_on_steps(pl_module, trainer.optimizers, **self._settings)
         if self._micro_batch is not None:
-            handles.append(WholeWindows(trainer, self._mode, self._micro_batch))
-        self._handles = handles
+            self._whole_windows = WholeWindows(trainer, self._mode, self._micro_batch)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Put the open windows of all ranks in. Collective: Lightning calls it on each."""
@@ -126,9 +133,13 @@ class SyncAccumCallback(Callback):  # type: ignore[misc] # not installed where t
         self._let_go()
 
     def _let_go(self) -> None:
+        self._report = self.report
         for handle in self._handles:
             handle.remove()
         self._handles = ()
+        if self._whole_windows is not None:
+            self._whole_windows.remove()
+            self._whole_windows = None
 
 
 def _refuse_layer_sync(trainer: Any) -> None:

@@ -19,7 +19,7 @@ from syncaccum.exact.lockstep import lockstep
 from syncaccum.exact.lookahead import lookahead
 from syncaccum.layer.convert import convert_sync_accum
 from syncaccum.layer.settings import DEFAULT_POLICY
-from syncaccum.window.commit import OnNonFinite
+from syncaccum.window.commit import CommitReport, OnNonFinite
 from syncaccum.window.counted import discard
 from syncaccum.window.saved import gather_window_state_dict, load_window_state_dict
 from syncaccum.window.step_hook import CommitHandle, commit_on_step
@@ -57,7 +57,13 @@ class SyncAccumTrainerCallback(TrainerCallback, ExportableState):
         seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
         self._settings: dict[str, Any] = {"timeout": seconds, "on_nonfinite": on_nonfinite}
         self._handle: CommitHandle | None = None
+        self._report: CommitReport | None = None
         self._windows = ""
+
+    @property
+    def report(self) -> CommitReport | None:
+        """Of the last commit; None before the first."""
+        return (self._handle and self._handle.report) or self._report
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of this, see transformers' ``ExportableState``."""
@@ -89,6 +95,7 @@ class SyncAccumTrainerCallback(TrainerCallback, ExportableState):
 
     def _let_go(self) -> None:
         if self._handle is not None:
+            self._report = self.report
             self._handle.remove()
             self._handle = None
 

@@ -18,7 +18,7 @@ ON_TWO_RANKS = {
     "with_transformers.py": ["torchrun", "--standalone", "--nproc-per-node", 2, "with_transformers.py"],
     "with_accelerate.py": ["accelerate", "launch", "--cpu", "--num_processes", 2, "with_accelerate.py"],
 }
-ALONE = {name: ["python", name] for name in [*ON_TWO_RANKS, "with_fastai.py"]}
+ALONE = {name: ["python", name] for name in [*ON_TWO_RANKS, "with_fastai.py", "with_ignite.py", "with_mmengine.py"]}
 
 
 @pytest.mark.parametrize("command", [*ALONE.values(), *ON_TWO_RANKS.values()], ids=str)

@@ -77,7 +77,8 @@ def make_learner(*callbacks: Callback, optimizer: Any = SGD) -> tuple[Any, Watch
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
     watch = Watch()
     # GradientAccumulation counts examples: twelve are three micro-batches.
-    callbacks = (GradientAccumulation(12), SyncAccumCallback(), watch, *callbacks)
+    watch.committing = SyncAccumCallback()
+    callbacks = (GradientAccumulation(12), watch.committing, watch, *callbacks)
     return Learner(loaders, model, loss_func=nn.MSELoss(), opt_func=optimizer, cbs=callbacks), watch
 
 
@@ -92,6 +93,7 @@ def check_fit(learner: Any, watch: Watch) -> None:
     layer = learner.model[1]
     assert_same_statistics(layer, reference, rtol=2e-6, atol=1e-6)  # kept in float32
     assert layer.window.count == 0
+    assert watch.committing.report.values == {"1": 12}
 
 
 def _make_optimizer(parameters: Any, lr: float) -> OptimWrapper:

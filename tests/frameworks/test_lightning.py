@@ -17,6 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -136,10 +137,15 @@ def launched(rank: Rank) -> Iterator[None]:
 
 def check_fit(ranks: int) -> None:
     network = Network()
-    trainer = make_trainer(SyncAccumCallback(), ranks)
+    callback = SyncAccumCallback()
+    trainer = make_trainer(callback, ranks)
+    assert callback.report is None
     trainer.fit(network, make_loader(ranks))
     assert network.windows == [4, 4, 2] * 2
     assert trainer.global_step == len(network.windows)
+    assert callback.report is not None
+    assert callback.report.ranks == ranks
+    assert callback.report.values["net.1"] == ranks * 2 * SIZE  # of the short window at the end
 
 
 def test_each_step_commits_its_window() -> None:
@@ -150,6 +156,24 @@ def test_each_step_commits_its_window() -> None:
 def test_each_step_commits_the_window_of_two_ranks(rank: Rank) -> None:
     with launched(rank):
         check_fit(rank.size)
+
+
+class Overflowing(Network):
+    """Its second window's gradients are too large for float16, once."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("inf") if 4 <= batch_idx < 8 else loss
+
+
+def test_a_step_that_gradient_scaling_skips_leaves_its_window_to_the_next() -> None:
+    network = Overflowing()
+    callback = SyncAccumCallback()
+    precision = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1.0))
+    make_trainer(callback, max_epochs=1, plugins=[precision]).fit(network, make_loader())
+    assert network.windows == [4, 6]
+    assert callback.report is not None
+    assert callback.report.values["net.1"] == 6 * SIZE
 
 
 class StoppedError(Exception):

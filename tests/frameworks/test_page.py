@@ -66,4 +66,4 @@ def test_the_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "images": [{"pixel_values": x, "labels": y} for x, y in zip(*data.tensors, strict=True)],
         "data_loaders": DataLoaders.from_dsets(data, data, bs=4, device="cpu"),
     }
-    assert run_examples(ROOT / "docs/frameworks.md", 0, tmp_path, **names) == 6
+    assert run_examples(ROOT / "docs/frameworks.md", 0, tmp_path, **names) == 9

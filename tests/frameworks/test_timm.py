@@ -9,9 +9,12 @@ import pytest
 import timm
 import torch
 from timm.layers import BatchNormAct2d, SyncBatchNormAct, convert_sync_batchnorm
+from timm.optim import create_optimizer_v2
+from timm.utils import NativeScaler
 from torch import Tensor, nn
 
-from syncaccum import SyncAccumBatchNorm, commit, convert_sync_accum, lockstep, revert_sync_accum
+from syncaccum import SyncAccumBatchNorm, commit, commit_on_step, convert_sync_accum, lockstep, revert_sync_accum
+from tests.frameworks.steps import Steps
 from tests.oracle import Oracle, assert_same_statistics
 
 # Tiny, and all that timm's networks do with BatchNorm; the last is its EfficientNet, with squeeze and excitation.
@@ -90,3 +93,21 @@ def test_two_windows_of_uneven_micro_batches_train_as_whole_batches_do(name: str
         # a bias that only shifts what the next BatchNorm sees, and so stays zero but for rounding.
         atol = 1e-9 * float(expected.abs().max()) + 1e-14
         torch.testing.assert_close(model.state_dict()[key], expected, rtol=0, atol=atol, msg=f"{key}: {{}}".format)
+
+
+@pytest.mark.parametrize("name", ["sgd", "lookahead_adamw"])
+def test_the_loop_of_train_py_commits_each_window(name: str) -> None:
+    """Its scaler takes the step where ``need_update``, and its last window is short."""
+    model = timm.create_model("test_resnet", num_classes=5).double()
+    convert_sync_accum(model)
+    optimizer = create_optimizer_v2(model, opt=name, lr=0.01)
+    commit_on_step(model, optimizer)
+    steps = Steps(model, getattr(optimizer, "_base_optimizer", optimizer))
+    scaler = NativeScaler(device="cpu")
+    for batch, last in [(index, index == 5) for index in range(6)]:
+        images, classes = torch.randn(2, 3, 64, 64, dtype=torch.float64), torch.randint(5, (2,))
+        loss = nn.functional.cross_entropy(model(images), classes) / 4
+        scaler(loss, optimizer, parameters=model.parameters(), need_update=last or batch % 4 == 3)
+        if last or batch % 4 == 3:
+            optimizer.zero_grad()
+    assert steps.windows == [4, 2]

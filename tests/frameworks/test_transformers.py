@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
-from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback, TrainingArguments
+from transformers import (
+    MobileViTConfig,
+    MobileViTForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers import Trainer as PlainTrainer
 
 from syncaccum import NoLayersError, SyncAccumBatchNorm, commit, convert_sync_accum, lookahead
@@ -40,9 +48,9 @@ def make_model() -> Any:
     return model
 
 
-def make_images(ranks: int = 1) -> list[dict[str, Any]]:
+def make_images(ranks: int = 1, side: int = 16) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(ranks * MICRO_BATCHES * SIZE, 1, 16, 16, generator=generator, dtype=torch.float64) + 1
+    images = torch.randn(ranks * MICRO_BATCHES * SIZE, 1, side, side, generator=generator, dtype=torch.float64) + 1
     labels = torch.randint(3, (len(images),), generator=generator)
     return [{"pixel_values": x, "labels": y} for x, y in zip(images, labels, strict=True)]
 
@@ -113,8 +121,13 @@ class Watch(TrainerCallback):
 
 def check_training(ranks: int, folder: Path) -> None:
     watch = Watch()
-    trainer = make_trainer(make_model(), folder, ranks=ranks, callbacks=[SyncAccumTrainerCallback(), watch])
+    callback = SyncAccumTrainerCallback()
+    trainer = make_trainer(make_model(), folder, ranks=ranks, callbacks=[callback, watch])
+    assert callback.report is None
     trainer.train()
+    assert callback.report is not None
+    assert callback.report.ranks == ranks
+    assert callback.report.as_dict("")["max_values"] == ranks * 2 * SIZE * 64  # the short window's; images of 8 by 8
     assert watch.windows == [4, 4, 2] * 2
     assert trainer.state.global_step == len(watch.windows)
 
@@ -127,6 +140,50 @@ def test_each_step_commits_its_window(tmp_path: Path) -> None:
 def test_each_step_commits_the_window_of_two_ranks(rank: Rank) -> None:
     with launched(rank):
         check_training(rank.size, rank.folder)
+
+
+def test_a_compiled_model_trains_as_it_does_uncompiled(tmp_path: Path) -> None:
+    models = [make_model(), make_model()]
+    compiled: dict[str, Any] = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    for model, settings in zip(models, [compiled, {}], strict=True):
+        callback = SyncAccumTrainerCallback()
+        make_trainer(model, tmp_path, callbacks=[callback], num_train_epochs=1, **settings).train()
+        assert callback.report is not None
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict())
+
+
+def make_mobilevit() -> Any:
+    """Its checkpoints are around blocks with BatchNorm."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [4, 4, 4, 8, 8, 8, 16]}
+    sizes |= {"num_channels": 1, "image_size": 64, "num_attention_heads": 2, "num_labels": 3}
+    config = MobileViTConfig(**sizes)
+    config.hidden_dropout_prob = config.classifier_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    model: Any = MobileViTForImageClassification(config).double()
+    model.accepts_loss_kwargs = False
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing.*:FutureWarning")  # its name before transformers 5
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_forward_that_checkpoints_repeat_counts_once(reentrant: bool, tmp_path: Path) -> None:
+    models = [make_mobilevit(), make_mobilevit()]
+    checkpointed: dict[str, Any] = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+    }
+    watch, forwards = Watch(), Counter[int]()
+    for index, (model, settings) in enumerate(zip(models, [checkpointed, {}], strict=True)):
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.register_forward_pre_hook(lambda *_, index=index: forwards.update([index]))
+        callbacks = [SyncAccumTrainerCallback(), *([] if settings else [watch])]
+        trainer = make_trainer(model, tmp_path, callbacks=callbacks, num_train_epochs=1, **settings)
+        trainer.train_dataset = make_images(side=64)
+        trainer.train()
+    assert watch.windows == [4, 4, 2]
+    assert forwards[0] > forwards[1]  # so checkpoints did repeat some
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict())
 
 
 class OutOfMemory(TrainerCallback):

@@ -58,7 +58,8 @@ def check_training(accelerator: Any) -> tuple[nn.Module, list[int]]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loader: Any = DataLoader(TensorDataset(examples), batch_size=4)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    sync_accum(accelerator, model, optimizer)
+    handle = sync_accum(accelerator, model, optimizer)
+    assert handle.report is None
     oracle = Oracle(model)
     layer: Any = accelerator.unwrap_model(model)[1]
     windows: list[int] = []
@@ -71,6 +72,8 @@ def check_training(accelerator: Any) -> tuple[nn.Module, list[int]]:
         seen += 1
         if layer.num_batches_tracked > len(windows):
             oracle.check_commit()
+            assert handle.report is not None
+            assert set(handle.report.values.values()) == {ranks * 4 * seen}
             windows.append(seen)
             seen = 0
             assert layer.window.count == 0
@@ -112,6 +115,21 @@ def step(accelerator: Any, model: Any, optimizer: Any, x: torch.Tensor) -> None:
         accelerator.backward(model(x).square().mean())
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_a_step_that_gradient_scaling_skips_leaves_its_window_to_the_next() -> None:
+    with accelerator({}, steps=1) as alone:
+        # Of float16, for which accelerate wants a GPU.
+        alone.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+        model, optimizer = prepare(alone)
+        handle = sync_accum(alone, model, optimizer)
+        for factor in (float("inf"), 1.0):
+            alone.backward(model(torch.randn(4, 3, dtype=torch.float64)).square().mean() * factor)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert optimizer.step_was_skipped is (factor != 1.0)
+            assert (handle.report is None) is (factor != 1.0)
+        assert handle.report.values == {"1": 8, "4": 8}
 
 
 def check_checkpoint(accelerator: Any, folder: Path) -> None:
