@@ -29,7 +29,7 @@ from syncaccum.layer.memory_order import (
     per_channel,
 )
 from syncaccum.layer.node import Gradients, Needs, normalize_by
-from syncaccum.layer.policies import Normalizer, Policy, ReduceSums
+from syncaccum.layer.policies import Normalizer, Policy, ReduceSums, hold
 from syncaccum.torch_private import has_no_values, is_transformed
 
 
@@ -156,6 +156,7 @@ def normalize(
         and (done := fused.normalize(x, weight, bias, policy)) is not None
     ):
         return done
+    policy = hold(policy)
     if not is_plain:
         # Compilers fuse plain operations better than our passes.
         # Transforms of torch.func differentiate them in their own ways.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from syncaccum.layer.notices import leave_record, refuse_other_statistics
-from syncaccum.layer.policies import Normalizer, Policy
+from syncaccum.layer.policies import Normalizer, Policy, hold
 from syncaccum.layer.replay import Record
 from syncaccum.layer.state import Accumulating, name_of
 from syncaccum.moments import pack_statistics
@@ -23,7 +23,7 @@ def watch_repeats(layer: Accumulating, policy: Policy, x: Tensor, weight: Tensor
     may_repeat = saved_tensor_hooks() is not None or not torch.is_grad_enabled()
     if not (may_repeat or runs_in_backward()) or is_transformed() or has_no_values(x):
         return policy
-    return _Watching(layer, policy, has_node=has_node(x, weight, bias))
+    return _Watching(layer, hold(policy), has_node=has_node(x, weight, bias))
 
 
 def has_node(*inputs: Tensor | None) -> bool:
