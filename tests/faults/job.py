@@ -48,7 +48,10 @@ class Job:
 
     def _build_model(self) -> nn.Module:
         self._pause = _Pause(lambda: self._tell(IN_FORWARD))
-        return convert_sync_accum(nn.Sequential(nn.BatchNorm1d(_WIDTH), self._pause, nn.BatchNorm1d(_WIDTH)))
+        layers = nn.Sequential(nn.BatchNorm1d(_WIDTH), self._pause, nn.BatchNorm1d(_WIDTH))
+        # A replacement has committed statistics alone: "window" would
+        # give the second layer other inputs than the lost rank's.
+        return convert_sync_accum(layers, normalization="renorm")
 
     def start_over(self) -> None:
         """An untrained model."""
