@@ -73,7 +73,10 @@ class Floor:
 
 def measure(rank: Rank) -> dict[str, list[float]]:
     widths = resnet50_widths()
-    model = nn.Sequential(*(SyncAccumBatchNorm(width) for width in widths))
+    model, default = (
+        nn.Sequential(*(SyncAccumBatchNorm(width, normalization=policy) for width in widths))
+        for policy in ("renorm", "window")
+    )
     windows = [torch.randn(2, width) + rank.index for width in widths]
     bare = torch.zeros(sum(1 + 2 * width for width in widths), dtype=torch.float64)
     small = [torch.zeros(1 + 2 * width) for width in widths]
@@ -88,12 +91,15 @@ def measure(rank: Rank) -> dict[str, list[float]]:
         "bare": lambda: dist.all_reduce(bare),
         "floor": Floor(widths),
         "commit": lambda: commit(model),
+        # It also makes the next window's prior.
+        "commit under window": lambda: commit(default),
     }
     times: dict[str, list[float]] = {name: [] for name in (*actions, "SyncBatchNorm pattern")}
     for _ in range(ROUNDS):
         with torch.no_grad():
-            for layer, x in zip(model, windows, strict=True):
+            for layer, other, x in zip(model, default, windows, strict=True):
                 layer(x)
+                other(x)
         for name, action in actions.items():
             times[name].append(timed(action))
     for _ in range(5):
@@ -114,6 +120,11 @@ def main() -> None:
         "commit_speed",
         [
             Figure("commit / bare all-reduce, ResNet-50, 2 ranks", ratio("commit", "bare"), 1.6, note=notes["commit"]),
+            Figure(
+                "commit under window / commit",
+                ratio("commit under window", "commit"),
+                note=notes["commit under window"],
+            ),
             Figure("floor / bare all-reduce", ratio("floor", "bare"), note=f"{notes['floor']} / {notes['bare']}"),
             Figure("commit / floor", ratio("commit", "floor")),
             Figure(
