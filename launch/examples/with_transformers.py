@@ -38,7 +38,7 @@ def main(epochs: int) -> None:
     model: Any = ResNetForImageClassification(config)
     model.accepts_loss_kwargs = False  # it takes num_items_in_batch and ignores it; then Trainer forgets to average
     arguments = TrainingArguments(
-        "digits", num_train_epochs=epochs, learning_rate=0.01, optim="adamw_torch", lr_scheduler_type="constant",
+        "digits", num_train_epochs=epochs, learning_rate=0.01, optim="adamw_torch", lr_scheduler_type="cosine",
         per_device_train_batch_size=MICRO_BATCH, gradient_accumulation_steps=GLOBAL_BATCH // MICRO_BATCH // ranks,
         per_device_eval_batch_size=TEST_IMAGES, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
