@@ -11,7 +11,7 @@ import pytest
 from tests.launch.jobs import CHECKOUT, run
 
 EXAMPLES = CHECKOUT / "launch" / "examples"
-# Seen after two epochs: 92.5 to 96.7 %, by schedules that end low. One run's chance is 1.4 points for 360 images; this is four below.
+# Seen after two epochs: 92.5 to 96.7 %. One run's chance is 1.4 points for 360 images; this is four below.
 LEARNT = 0.87
 ON_TWO_RANKS = {
     "with_lightning.py": ["python", "with_lightning.py", "--devices", 2],
