@@ -22,6 +22,7 @@ from syncaccum.exact.meeting_point import Arrival, Meeting, make_arrival
 from syncaccum.exact.offload import HostStore, Parked, WaitingRoom
 from syncaccum.layer.compose import refuse_create_graph
 from syncaccum.layer.measure import measure, measured_before
+from syncaccum.layer.memory_order import match_order
 from syncaccum.layer.state import Accumulating
 from syncaccum.layer.steps import Steps
 
@@ -155,7 +156,7 @@ class _Depart(torch.autograd.Function):
         if torch.is_grad_enabled():
             refuse_create_graph()
         (x,) = ctx.saved_tensors
-        dy = ctx.way.steps.match(dy, x)
+        dy = match_order(dy, x)
         sums = ctx.way.steps.sum_up(dy, x)
         ctx.way.dy = ctx.way.store.keep(dy)
         return None, None, None, sums

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from syncaccum.layer import gpu, passes
 from syncaccum.layer.measure import Measured
-from syncaccum.layer.memory_order import is_on_cuda, match_order
+from syncaccum.layer.memory_order import is_on_cuda
 from syncaccum.layer.policies import Normalizer, ReduceSums
 
 
@@ -38,11 +38,6 @@ class Steps:
     def apply(self, x: Tensor, measured: Measured) -> Tensor:
         """The output of a dense micro-batch."""
         return passes.apply_known(x, measured, self._weight, self._bias, self._norm, self._on_gpu(x))
-
-    @staticmethod
-    def match(dy: Tensor, x: Tensor) -> Tensor:
-        """dy as the steps want it."""
-        return match_order(dy, x)
 
     def sum_up(self, dy: Tensor, x: Tensor) -> Tensor:
         """The sums of one micro-batch."""

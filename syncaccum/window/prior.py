@@ -32,6 +32,7 @@ from syncaccum.layer.ledger import NEW_WINDOW, Ledger
 from syncaccum.moments import Moments
 from syncaccum.torch_private import copy_all, zero_all
 from syncaccum.window.taken import Taken, steps_of_rest_in_books
+from syncaccum.window.uninterrupted import step_of_updates
 
 _MOST, _AFTER_FIRST = 16.0, 4.0
 """A prior is worth so many samples at most; and so many after a first window, which tells nothing of the drift."""
@@ -77,14 +78,14 @@ def steps_of_commit(
         # One call: a signal comes before or after it.
         partial(copy_all, list(itertools.chain(*parts)), list(itertools.chain(*values))),
         *(_steps_of_new_books(ledgers) if taken is None else steps_of_rest_in_books(states, taken)),
-        *(partial(vars(one).update, number=one.number + 1, knows_prior=True) for one in ledgers),
+        step_of_updates(ledgers, [{"number": one.number + 1, "knows_prior": True} for one in ledgers]),
     ]
 
 
 def _steps_of_new_books(ledgers: Sequence[Ledger]) -> list[partial[Any]]:
     return [
         partial(zero_all, [ledger.squares for ledger in ledgers]),
-        *(partial(vars(ledger).update, NEW_WINDOW) for ledger in ledgers),
+        step_of_updates(ledgers, itertools.repeat(NEW_WINDOW)),
     ]
 
 

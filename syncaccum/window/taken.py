@@ -66,17 +66,11 @@ def steps_of_rest_in_books(states: Sequence[Accumulation], taken: Sequence[Taken
     """The same for ledgers. Their books are closed later."""
     both = [(s.ledger, took) for s, took in zip(states, taken, strict=True) if s.is_sent and s.ledger is not None]
     sent = [(ledger.squares, took.squares) for ledger, took in both if took.squares is not None]
-    return [
-        *_steps_of_taking(sent),
-        *(
-            partial(
-                vars(ledger).update,
-                samples=ledger.samples - took.samples,
-                micro_batches=ledger.micro_batches - took.booked,
-            )
-            for ledger, took in both
-        ),
+    updates = [
+        {"samples": ledger.samples - took.samples, "micro_batches": ledger.micro_batches - took.booked}
+        for ledger, took in both
     ]
+    return [*_steps_of_taking(sent), step_of_updates([ledger for ledger, _ in both], updates)]
 
 
 def _steps_of_taking(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[partial[Any]]:

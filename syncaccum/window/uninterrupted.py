@@ -41,7 +41,7 @@ def steps_of_new_window(
     ]
 
 
-def step_of_updates(states: Sequence[Accumulation], updates: Iterable[Mapping[str, Any]]) -> partial[Any]:
+def step_of_updates(states: Sequence[object], updates: Iterable[Mapping[str, Any]]) -> partial[Any]:
     """The step that changes some attributes of each state."""
     # One step for all layers: it walks, in C, too.
     return partial(deque, map(dict.update, map(vars, states), updates), 0)
