@@ -21,7 +21,9 @@ _Measured = TypeVar("_Measured", Trace, Fidelity)
 
 
 def run_on_ranks(measure: Callable[[Case, Placement], _Measured], case: Case) -> _Measured:
-    """Measure in ``case.ranks`` new processes; what rank 0 found."""
+    """Measure here for one rank, else in ``case.ranks`` new processes; what rank 0 found."""
+    if case.ranks == 1:
+        return measure(case, Placement())
     with tempfile.TemporaryDirectory() as folder:
         spawn(_run_rank, (measure, case, folder), case.ranks)  # type: ignore[no-untyped-call]
         found: _Measured = torch.load(_path_of_found(folder), weights_only=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -16,10 +15,7 @@ from benchmarks.equivalence.memory import Peak, measure_peak
 from benchmarks.equivalence.plan import Plan, add_references
 from benchmarks.equivalence.ranks import run_on_ranks
 from benchmarks.equivalence.results import Result, Results, Store
-from benchmarks.equivalence.training import Trace, train
-from launch.placement import Placement
-
-_Measured = TypeVar("_Measured", Trace, Fidelity)
+from benchmarks.equivalence.training import train
 
 
 def run(plan: Plan, output: Path) -> Results:
@@ -54,16 +50,12 @@ Show = Callable[[str, Case], None]
 def _train(store: Store, case: Case, show: Show) -> Result:
     show("training", case)
     finished = store.load(case)
-    return finished or store.keep(case, _place(train, case))
-
-
-def _place(measure: Callable[[Case, Placement], _Measured], case: Case) -> _Measured:
-    return run_on_ranks(measure, case) if case.ranks > 1 else measure(case, Placement())
+    return finished or store.keep(case, run_on_ranks(train, case))
 
 
 def _compare(store: Store, case: Case, show: Show) -> Fidelity:
     show("gradients", case)
-    return store.measure(Fidelity, case, partial(_place, compare_gradients))
+    return store.measure(Fidelity, case, partial(run_on_ranks, compare_gradients))
 
 
 def _measure(store: Store, case: Case, show: Show) -> Peak:

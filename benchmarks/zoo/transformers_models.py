@@ -13,6 +13,14 @@ from benchmarks.zoo.families import Built, Model
 _TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 _VIT = {**_TEXT, "image_size": 64, "patch_size": 16, "num_hidden_layers": 4}
 _RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16, 32, 32], "depths": [1, 1, 1, 1]}
+_DPT = {
+    **_VIT,
+    "is_hybrid": False,
+    "backbone_out_indices": [0, 1, 2, 3],
+    "neck_hidden_sizes": [16, 16, 32, 32],
+    "fusion_hidden_size": 16,
+    "use_batch_norm_in_fusion_residual": True,
+}
 _CONFORMER = {**_TEXT, "num_mel_bins": 16, "encoder_layers": 1}
 
 
@@ -108,32 +116,8 @@ _ENTRIES: list[_Entry] = [
         _images(64),
     ),
     ("TextNetForImageClassification", "TextNetConfig", {}, _images(64)),
-    (
-        "DPTForDepthEstimation",
-        "DPTConfig",
-        {
-            **_VIT,
-            "is_hybrid": False,
-            "backbone_out_indices": [0, 1, 2, 3],
-            "neck_hidden_sizes": [16, 16, 32, 32],
-            "fusion_hidden_size": 16,
-            "use_batch_norm_in_fusion_residual": True,
-        },
-        _images(64),
-    ),
-    (
-        "DPTForSemanticSegmentation",
-        "DPTConfig",
-        {
-            **_VIT,
-            "is_hybrid": False,
-            "backbone_out_indices": [0, 1, 2, 3],
-            "neck_hidden_sizes": [16, 16, 32, 32],
-            "fusion_hidden_size": 16,
-            "use_batch_norm_in_fusion_residual": True,
-        },
-        _images(64),
-    ),
+    ("DPTForDepthEstimation", "DPTConfig", _DPT, _images(64)),
+    ("DPTForSemanticSegmentation", "DPTConfig", _DPT, _images(64)),
     (
         "UperNetForSemanticSegmentation",
         "UperNetConfig",

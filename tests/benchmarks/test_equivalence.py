@@ -70,7 +70,7 @@ def measure(case: Case, folder: Path) -> Result:
     """A case's result beside its reference's."""
     store = Store(folder)
     store.keep(case.reference, train_alone(case.reference))
-    return store.keep(case, train_alone(case) if case.ranks == 1 else run_on_ranks(train, case))
+    return store.keep(case, run_on_ranks(train, case))
 
 
 def make_scored(policy: str, micro_batch: int, seed: int, value: float | None) -> Result:
